@@ -1,0 +1,286 @@
+"""Every configuration key, its default and the reason for it.
+
+A file in `configs/` calls `default_config()` and sets what differs. Defaults are the published
+choices of CoD (spec/algorithm.md, marked there in bold) wherever there is one; sizes that only
+the user can know are placeholders, which `codjax.validation.validate` insists on.
+
+    config = default_config()
+    config.tasksets.lake = taskset(env="frozen_lake_obscure", split="train")
+    config.rollout.tasksets = ("lake",)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def default_config() -> ConfigDict:
+    """A locked config with every key of a run; see the comments in the source for the reasons."""
+    config = ConfigDict()
+    config.seed = 0  # every random number of a run follows from it, by name and step
+    config.num_steps = 100  # rollout steps, each with one optimizer step
+    config.model = _model()
+    config.tokenizer = ConfigDict(
+        {
+            # A Hugging Face folder, or "builtin:bytes" (any text, one token a byte), or
+            # "builtin:symbols" (one token a character of the compact environments).
+            "source": config_dict.placeholder(str),
+        }
+    )
+    config.mesh = ConfigDict(
+        {
+            # Devices along each mesh axis; one of them may be -1, "the devices that are left".
+            "data": -1,
+            "fsdp": 1,
+            "tensor": 1,
+        }
+    )
+    config.tasksets = ConfigDict()  # name → taskset(...), filled by the config file
+    config.packs = ConfigDict(
+        {
+            "size": 4,  # S in training (published: 4; 8 in evaluation)
+            "mode": "cod",  # "cod" | "ralph_sample" | "ralph_full"
+            "pad_to_full": True,  # complete the last pack of a step from the step's first tasks
+            "keep_env_memory": False,  # Ralph only: keep what an environment remembers between tries
+        }
+    )
+    config.rollout = _rollout()
+    config.engine = _engine()
+    config.credit = _credit()
+    config.loss = _loss()
+    config.optimizer = _optimizer(learning_rate=1e-6)
+    config.batching = ConfigDict(
+        {
+            "row_length": 4096,  # T; no sample may be longer
+            "scored_per_row": config_dict.placeholder(int),  # K; unset: row_length
+            "rows_per_microbatch": 1,  # rows on the devices at once; must divide by data * fsdp
+            "share_prefixes": True,  # False: one tree without branches per sample, for comparison
+        }
+    )
+    config.warmup = _warmup()
+    config.checkpoint = ConfigDict(
+        {
+            "every_steps": 50,  # also at step 0 (the base model) and at the last step
+            "keep": 3,  # newest checkpoints to keep, beside step 0
+        }
+    )
+    config.evaluation = ConfigDict(
+        {
+            "matrix": ConfigDict(),  # name → evaluation(...), filled by the config file
+            "temperature": 1.0,  # as in training; 0 is greedy
+            "top_p": 1.0,
+            "top_k": 0,  # 0: all of the vocabulary
+            "seed": 1,  # of the sampler; hidden worlds follow from the pack's members alone
+            "compare_base": True,  # also evaluate step 0, for the plot and the table
+        }
+    )
+    config.metrics = ConfigDict(
+        {
+            "tensorboard": True,  # event files beside metrics.jsonl
+            "packs_per_step": 1,  # whole groups written to trajectories/ at a written step
+            "packs_every_steps": 10,  # how often
+        }
+    )
+    config.lock()
+    return config
+
+
+def taskset(
+    *,
+    env: str,
+    split: str,
+    num_records: int | None = None,
+    show_reward: bool = True,
+    data: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> ConfigDict:
+    """One entry of `config.tasksets`.
+
+    Args:
+        env: name of an environment.
+        split: "train" or "test".
+        num_records: how many rows to use; None for all of the split.
+        show_reward: whether the writer of the hint sees the reward (spec/algorithm.md §4.2).
+        data: overrides of the environment's record generator.
+        settings: overrides of the environment's own settings.
+    """
+    entry = ConfigDict(
+        {
+            "env": env,
+            "split": split,
+            "num_records": config_dict.placeholder(int),
+            "show_reward": show_reward,
+            "data": ConfigDict(data or {}),
+            "settings": ConfigDict(settings or {}),
+        }
+    )
+    entry.num_records = num_records
+    return entry
+
+
+def evaluation(
+    *, taskset: str, mode: str = "cod", pack_size: int = 8, num_packs: int, condition: str = "none"
+) -> ConfigDict:
+    """One entry of `config.evaluation.matrix`.
+
+    Args:
+        taskset: name in `config.tasksets`.
+        mode: how packs are made, as `config.packs.mode`.
+        pack_size: S of the evaluation (published: 8).
+        num_packs: packs to run, from the start of the task set.
+        condition: "none", or a control that costs only evaluation: "hint_blanked" (every episode
+            gets the empty hint), "hint_swapped" (the hint that another pack had at the position).
+    """
+    return ConfigDict(
+        {
+            "taskset": taskset,
+            "mode": mode,
+            "pack_size": pack_size,
+            "num_packs": num_packs,
+            "condition": condition,
+        }
+    )
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        {
+            # "init" (random weights of the sizes below) or a Hugging Face folder, whose own
+            # config.json then gives the sizes.
+            "source": "init",
+            "num_layers": 2,
+            "hidden_size": 64,  # D
+            "intermediate_size": 256,
+            "num_heads": 4,  # N
+            "num_kv_heads": 2,  # M, divides N
+            "head_dim": 16,  # H
+            "rope_theta": 1e6,  # as Qwen3
+            "norm_eps": 1e-6,  # as Qwen3
+            "tie_embeddings": True,  # as the small Qwen3 models
+            "init_std": 0.02,  # of matrices; as transformers
+            "embedding_std": 0.02,  # of the token table
+            "dtype": "bfloat16",  # of activations
+            "param_dtype": "float32",  # of parameters and optimizer state
+            "remat": "full",  # "none" | "dots" (keep matrix products) | "full" (keep layer inputs)
+        }
+    )
+
+
+def _rollout() -> ConfigDict:
+    return ConfigDict(
+        {
+            "tasksets": (),  # names of the training task sets, drawn in proportion to their rows
+            "tasks_per_step": 32,  # raw tasks of a rollout step, as published: 8 packs at S = 4
+            "group_size": 8,  # G runs of every pack
+            "temperature": 1.0,
+            "max_response_tokens": 2000,  # hard cap of one model call
+            "max_prompt_tokens": 10000,  # a longer prompt ends the episode with reward 0
+            "response_length_request": config_dict.placeholder(int),  # asked for in the prompt
+            "prompt_style": "full",  # "full" for language models | "compact" for tiny ones
+            "context_compression": "keep_all",  # | "keep_answer" | "remove_think"
+            "include_final_observation": False,  # show the hint writer what the last action did
+            "on_parse_failure": "wipe",  # | "keep_previous": deployment, spec core §7 #2
+            "length_penalty": ConfigDict(
+                # spec/algorithm.md §5.1; the thresholds are the published ones, which disable
+                # the token term and leave the turn term.
+                {"coef": 0.1, "zero_tokens": 1_000_000, "full_tokens": 2_000_000}
+            ),
+            "update_penalty": ConfigDict(
+                # spec/algorithm.md §5.2; unset thresholds leave the format penalty alone.
+                {
+                    "coef": 0.1,
+                    "min_tokens": config_dict.placeholder(int),
+                    "zero_tokens": config_dict.placeholder(int),
+                    "full_tokens": config_dict.placeholder(int),
+                }
+            ),
+            "blank_hints": False,  # control: every episode gets the empty hint
+            "steps_ahead": 0,  # 1: sample step n+1 while the learner updates on step n
+        }
+    )
+
+
+def _engine() -> ConfigDict:
+    return ConfigDict(
+        {
+            "num_slots": 64,  # sequences decoded together; each owns a row of the KV cache
+            "max_tokens": 12000,  # prompt and response of one call; the length of a cache row
+            "prefill_chunks": (16, 64, 256),  # tokens fed at once; the smallest that fits is used
+            "prefill_rows": 8,  # sequences fed at once
+            "decode_steps": 8,  # tokens decoded per call before finished sequences are replaced
+            "min_shared_prefix": 32,  # copy a prefix from another slot only if it saves as much
+        }
+    )
+
+
+def _credit() -> ConfigDict:
+    return ConfigDict(
+        {
+            # "episodes": reward-to-go per episode (§6-7); "coarse": one score per run (§9).
+            "scheme": "episodes",
+            "style": "mean",  # | "window_mean" | "discounted"
+            "window": config_dict.placeholder(int),  # of "window_mean"
+            "gamma": 1.0,  # of "discounted"; 0 is task-by-task RL
+            "baseline": "group_mean",  # | "leave_one_out"
+            "coarse_decay": 1.0,  # weight decay^(S-1-k) of task k under "coarse"
+            "coarse_divide_by_std": False,
+            "reweight": "adaptive",  # RED (§8): "off" | "fixed" | "adaptive" | "shift"
+            "reweight_temperature": config_dict.placeholder(float),  # of "fixed"
+            "reweight_group": "batch",  # | "taskset" | "pack": over which samples T is sought
+        }
+    )
+
+
+def _loss() -> ConfigDict:
+    return ConfigDict(
+        {
+            "clip_mode": "one_side",  # | "none" | "two_side" | "ring" | "sequence_one_side"
+            "weight_mode": "none",  # | "importance" | "truncated" | "sequence" | "advantage"
+            "eps_low": 0.2,
+            "eps_high": 0.2,
+            "eps_low_outer": 0.6,  # ring and truncated importance sampling
+            "eps_high_outer": 2.0,
+            "advantage_temperature": 1.0,  # of weight_mode "advantage"
+            "aggregation": "token_mean",  # | "sample_mean_token_sum" | "sample_mean_token_mean"
+            #                               | "constant"
+            "aggregation_constant": config_dict.placeholder(float),
+            "regulariser": "none",  # | "squared_log_ratio" | "forward_kl" (§10.4)
+            "regulariser_coef": 0.0,
+            "kl_estimator": "k2",  # | "k1" | "k3" (§10.5)
+            "kl_coef": 0.0,  # 0: no reference model is kept
+            "entropy_coef": 0.0,
+        }
+    )
+
+
+def _optimizer(*, learning_rate: float) -> ConfigDict:
+    return ConfigDict(
+        {
+            "learning_rate": learning_rate,
+            "schedule": "constant",  # | "cosine" | "linear", to 0.1 of the rate at the last step
+            "warmup_steps": 0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "grad_clip_norm": 1.0,
+        }
+    )
+
+
+def _warmup() -> ConfigDict:
+    """Imitation of a scripted agent before RL, for models that had no pre-training."""
+    return ConfigDict(
+        {
+            "num_steps": 0,  # 0: none
+            "batch_episodes": 64,  # demonstrations of one task, solve and update, per step
+            "num_demos": 20000,  # generated once, then visited in a random order, in epochs
+            # What the scripted agent does; "sloppy" by intention: see codjax/warmup.py.
+            "follow_frac": 0.9,  # demonstrations in which it acts on its hint where it can
+            "true_hint_in_frac": 0.5,  # those whose given hint is true, though partial
+            "true_hint_out_frac": 0.3,  # those whose written hint is true; the rest is random
+            "optimizer": _optimizer(learning_rate=4e-3),
+        }
+    )
