@@ -1,0 +1,80 @@
+"""What the rollout asks of a language model, whoever runs it.
+
+A sampler takes token ids and returns token ids with their log-probabilities. Two really implement
+it: the in-process engine (`codjax.rollout.engine`) and, on GPUs, an SGLang server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from codjax import types
+
+
+class SamplerError(Exception):
+    """The sampler could not answer, after its own retries; the run that asked is dropped."""
+
+
+class PromptTooLongError(SamplerError):
+    """Prompt and response cannot fit into the sampler's context."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_p: smallest set of tokens with at least this probability; 1 keeps all.
+        top_k: number of most probable tokens to keep; 0 keeps all.
+        max_tokens: longest response.
+        stop_tokens: ids that end the response; the sampled one is part of it.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One response.
+
+    Attributes:
+        tokens: int32 `[m]`, m >= 1, with the stop token if one was sampled.
+        logprobs: float32 `[m]`, natural log, of the distribution at the sampling temperature over
+            the whole vocabulary (before top-p and top-k); at temperature 0, at temperature 1.
+        policy_version: of the weights that sampled it.
+        stop_reason: `STOP_TOKEN` or `LENGTH`.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    policy_version: int
+    stop_reason: types.StopReason
+
+
+class Sampler(Protocol):
+    """A language model that answers many requests at once."""
+
+    async def generate(self, prompt: np.ndarray, params: SamplingParams, *, seed: int) -> Generation:
+        """A response to the int32 `[n]` prompt; the same for the same arguments and weights.
+
+        Raises:
+            PromptTooLongError: prompt plus `max_tokens` exceed the context.
+            SamplerError: no answer could be had.
+        """
+        ...
+
+    async def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Log-probability of each next token at temperature 1: int32 `[n]` -> float32 `[n-1]`."""
+        ...
+
+    def load_weights(self, weights: Any, *, policy_version: int) -> None:
+        """Answer from these weights from now on; cached keys and values are forgotten."""
+        ...
