@@ -43,7 +43,7 @@ def default_config() -> ConfigDict:
             "size": 4,  # S in training (published: 4; 8 in evaluation)
             "mode": "cod",  # "cod" | "ralph_sample" | "ralph_full"
             "pad_to_full": True,  # complete the last pack of a step from the step's first tasks
-            "keep_env_memory": False,  # Ralph only: keep what an environment remembers between tries
+            "keep_env_memory": False,  # Ralph only: one environment for all tries of a run
         }
     )
     config.rollout = _rollout()
@@ -84,6 +84,9 @@ def default_config() -> ConfigDict:
         }
     )
     config.lock()
+    # The two tables that a config file fills; `validate` looks at what it put there.
+    config.tasksets.unlock()
+    config.evaluation.matrix.unlock()
     return config
 
 

@@ -25,7 +25,8 @@ def weighted_sum(values: Float[Array, "..."], weights: Float[Array, "..."]) -> j
 def mean(values: Float[Array, "..."], mask: Float[Array, "..."] | Bool[Array, "..."]) -> jax.Array:
     """Weighted mean in float32; 0 where all weights are 0."""
     weights = mask.astype(jnp.float32)
-    return weighted_sum(values, weights) / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
+    total = jnp.sum(weights)
+    return weighted_sum(values, weights) / jnp.where(total == 0, 1.0, total)
 
 
 def variance(

@@ -108,9 +108,9 @@ class Turn:
         stop_reason: `STOP_TOKEN` or `LENGTH`.
     """
 
-    prompt_tokens: np.ndarray
-    response_tokens: np.ndarray
-    sampler_logprobs: np.ndarray
+    prompt_tokens: np.ndarray = dataclasses.field(repr=False)  # asyncio.run shows its result
+    response_tokens: np.ndarray = dataclasses.field(repr=False)
+    sampler_logprobs: np.ndarray = dataclasses.field(repr=False)
     policy_version: int
     stop_reason: StopReason
 

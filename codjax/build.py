@@ -1,0 +1,172 @@
+"""From a validated config to the parts of a run; what training and evaluation have in common.
+
+Nothing here decides anything: each function reads one section of the config and makes one part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from codjax import chat as chats
+from codjax import envs, learner, losses, models, optim, sharding, types
+from codjax.rollout import decoding, engine, runner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSet:
+    """A task set of the config, loaded.
+
+    Attributes:
+        name: its key in `config.tasksets`.
+        taskset_id: its position there, part of the pack seeds.
+        env: name of its environment.
+        settings: of the environment.
+        records: its rows.
+        show_reward: whether the hint writer sees the reward.
+    """
+
+    name: str
+    taskset_id: int
+    env: str
+    settings: Mapping[str, Any]
+    records: Sequence[envs.Record]
+    show_reward: bool
+
+    def rules(self) -> runner.TasksetRules:
+        """What running one of its tasks takes."""
+        return runner.TasksetRules(
+            env_factory=lambda: envs.make(self.env, **self.settings),
+            show_reward=self.show_reward,
+        )
+
+    def tasks(self, num_tasks: int) -> list[types.Task]:
+        """The first rows, in order; the last row is followed by the first again."""
+        return [
+            types.Task(
+                taskset=self.name,
+                taskset_id=self.taskset_id,
+                index=index % len(self.records),
+                record=self.records[index % len(self.records)],
+            )
+            for index in range(num_tasks)
+        ]
+
+
+def load_tasksets(config: ConfigDict, names: Sequence[str]) -> dict[str, TaskSet]:
+    """The named task sets, in the order given."""
+    ids = {name: index for index, name in enumerate(config.tasksets)}
+    return {
+        name: TaskSet(
+            name=name,
+            taskset_id=ids[name],
+            env=config.tasksets[name].env,
+            settings=config.tasksets[name].settings.to_dict(),
+            records=envs.load_records(
+                config.tasksets[name].env,
+                split=config.tasksets[name].split,
+                num_records=config.tasksets[name].num_records,
+                data=config.tasksets[name].data.to_dict(),
+            ),
+            show_reward=config.tasksets[name].show_reward,
+        )
+        for name in names
+    }
+
+
+def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
+    """The model with its first weights: random ones, or those of a Hugging Face folder."""
+    if config.model.source != "init":
+        return models.from_pretrained(
+            config.model.source,
+            dtype=config.model.dtype,
+            param_dtype=config.model.param_dtype,
+            remat=config.model.remat,
+        )
+    sizes = config.model.to_dict()
+    del sizes["source"]
+    return models.init(
+        models.DecoderConfig(vocab_size=chat.vocab_size, **sizes), seed=config.seed
+    )
+
+
+def params_of(model: models.Qwen3) -> learner.Params:
+    """The parameters of a model, as `TrainState` and the sampler hold them."""
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of `config.mesh` over the devices of this run."""
+    return sharding.make_mesh(**config.mesh.to_dict())
+
+
+def make_objective(config: ConfigDict) -> learner.Objective:
+    """The objective of `config.loss`, at the rollout's temperature."""
+    loss = config.loss
+    policy_loss = functools.partial(
+        losses.rec_loss,
+        clip_mode=loss.clip_mode,
+        weight_mode=loss.weight_mode,
+        eps_low=loss.eps_low,
+        eps_high=loss.eps_high,
+        eps_low_outer=loss.eps_low_outer,
+        eps_high_outer=loss.eps_high_outer,
+        advantage_temperature=loss.advantage_temperature,
+        regulariser=loss.regulariser,
+        regulariser_coef=loss.regulariser_coef,
+    )
+    return learner.Objective(
+        policy_loss=policy_loss,
+        temperature=config.rollout.temperature,
+        kl_coef=loss.kl_coef,
+        kl_estimator=loss.kl_estimator,
+        entropy_coef=loss.entropy_coef,
+    )
+
+
+def make_learner(
+    config: ConfigDict,
+    model: models.Qwen3,
+    mesh: jax.sharding.Mesh,
+    *,
+    optimizer: ConfigDict,
+    objective: learner.Objective,
+    num_steps: int,
+) -> learner.Learner:
+    """A learner for `num_steps` steps of one objective."""
+    return learner.Learner(
+        model,
+        optimizer=optim.make_optimizer(optimizer, num_steps=num_steps),
+        schedule=optim.make_schedule(optimizer, num_steps=num_steps),
+        objective=objective,
+        mesh=mesh,
+        rows_per_microbatch=config.batching.rows_per_microbatch,
+    )
+
+
+def make_engine(
+    config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh
+) -> engine.Engine:
+    """The in-process sampler; it has no weights until `load_weights`."""
+    graphdef, _ = nnx.split(model)
+
+    def merged(weights: learner.Params) -> models.Qwen3:
+        return nnx.merge(graphdef, weights)
+
+    cached = decoding.CachedModel(
+        init_cache=lambda rows, length: models.init_cache(model.config, rows, length),
+        extend=lambda weights, *args: models.extend(merged(weights), *args),
+        unembedding=lambda weights: merged(weights).unembedding,
+        score=lambda weights, tokens: models.score_rows(graphdef, weights, tokens),
+    )
+    return engine.Engine(
+        cached,
+        **config.engine.to_dict(),
+        cache_sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )

@@ -1,0 +1,349 @@
+"""The command line: `codjax COMMAND`, also `python -m codjax COMMAND`.
+
+Reads the flags, validates the config, and calls one function; JAX and the other heavy libraries
+are imported only then, so that a mistake is answered at once.
+
+Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
+and how to mend it; 130 interrupted; 1 anything else, with a traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+import codjax
+from codjax import checks, config_files, validation
+from codjax.checks import ConfigError
+
+SUCCESS, FAILURE, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A flag of a command: its default's type is how the value is read."""
+
+    name: str
+    default: bool | int | str | None
+    help: str
+    placeholder: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: one line on what it does.
+        run: config (None if it takes none), flags by name, positional arguments -> nothing.
+        flags: its flags beside `--config`.
+        takes_config: whether it reads a config file.
+        positional: name of its one optional positional argument, if it has one.
+        epilogue: further lines of its help.
+    """
+
+    summary: str
+    run: Callable[[Any, dict[str, Any], list[str]], None]
+    flags: tuple[Flag, ...]
+    takes_config: bool = True
+    positional: str = ""
+    epilogue: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status.
+
+    Args:
+        argv: the arguments after the program's name; None for those of the process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
+    try:
+        _answer(args)
+    except ConfigError as error:
+        _write(f"{program}: {error}\n", to=sys.stderr)
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        train = program == "codjax train"
+        resume = "; the same command goes on from the newest checkpoint" if train else ""
+        _write(f"\n{program}: interrupted{resume}.\n", to=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        traceback.print_exc()
+        return FAILURE
+    return SUCCESS
+
+
+def _answer(args: list[str]) -> None:
+    """Helps, or runs the command that is named first."""
+    name = args[0] if args else ""
+    if name in ("-h", "--help", "help"):
+        _write(_help())
+    elif name == "--version":
+        _write(f"codjax {codjax.__version__}\n")
+    elif name not in COMMANDS:
+        problem = f"there is no command {name}{checks.nearest(name, COMMANDS)}" if name else ""
+        raise ConfigError(
+            f"{problem or 'no command was given'}; the commands are {', '.join(COMMANDS)}, and "
+            "codjax --help tells what they do."
+        )
+    elif any(arg in ("-h", "--help") for arg in args[1:]):
+        _write(_command_help(name, COMMANDS[name]))
+    else:
+        _run(COMMANDS[name], args[1:])
+
+
+def _run(command: Command, args: list[str]) -> None:
+    """Reads the arguments, validates the config, does the work."""
+    values = flags.FlagValues()
+    for flag in command.flags:
+        if isinstance(flag.default, bool):
+            flags.DEFINE_boolean(flag.name, flag.default, flag.help, flag_values=values)
+        elif isinstance(flag.default, int):
+            flags.DEFINE_integer(flag.name, flag.default, flag.help, flag_values=values)
+        else:
+            flags.DEFINE_string(flag.name, flag.default, flag.help, flag_values=values)
+    config, positional = config_files.parse(args, values, takes_config=command.takes_config)
+    limit = 1 if command.positional else 0
+    if len(positional) > limit:
+        raise ConfigError(
+            f"unexpected argument {positional[limit]!r}: flags look like --name=value, and a true "
+            "or false one must have its value after the equals sign."
+        )
+    if config is not None:
+        validation.validate(config)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("codjax").setLevel(logging.INFO)
+    command.run(config, {flag.name: values[flag.name].value for flag in command.flags}, positional)
+
+
+def _train(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
+    if not options["dry-run"]:
+        _check_workdir(options["workdir"])
+    from codjax import train
+
+    if options["dry-run"]:
+        _write(train.dry_run(config).rstrip("\n") + "\n")
+    else:
+        train.main(config, options["workdir"])
+
+
+def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
+    _check_workdir(options["workdir"])
+    which = options["checkpoint"]
+    if which not in ("latest", "base") and not which.isdigit() and not pathlib.Path(which).is_dir():
+        raise ConfigError(
+            f"--checkpoint must be latest, base, a step, or an existing folder; got {which!r}."
+        )
+    if not config.evaluation.matrix:
+        raise ConfigError(
+            "evaluation.matrix must have an entry: it says what to evaluate; add one in the "
+            "config file, config.evaluation.matrix.NAME = evaluation(…)."
+        )
+    from codjax import evaluate
+
+    evaluate.main(config, options["checkpoint"], options["workdir"])
+
+
+def _data(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
+    """Samples as text on stdout, or rows as JSON lines in a file."""
+    name = options["taskset"]
+    if name is None:
+        raise ConfigError(f"--taskset=NAME must be given: one of {', '.join(config.tasksets)}.")
+    checks.choice("--taskset", name, config.tasksets, "among config.tasksets:")
+    if options["num"] < 1:
+        raise ConfigError(f"--num must be at least 1: it counts tasks; got {options['num']}.")
+    samples = _sample_tasks(config, name, options["num"])
+    if options["output"] is None:
+        for sample in samples:
+            _write(_sample_text(sample))
+        return
+    path = pathlib.Path(options["output"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(sample, ensure_ascii=False, sort_keys=True) + "\n" for sample in samples]
+    path.write_text("".join(lines), encoding="utf-8")
+    _write(f"wrote {len(samples)} tasks of {name} to {path}\n")
+
+
+def _sample_tasks(config: ConfigDict, name: str, num: int) -> list[dict[str, Any]]:
+    """The first tasks of a task set, each as the first thing that an agent would see of it."""
+    from codjax import envs, packs, types
+
+    entry, data = config.tasksets[name], config.tasksets[name].data.to_dict()
+    num_records = min(entry.num_records or num, max(num, config.packs.size))
+    try:
+        envs.check(entry.env, entry.settings.to_dict(), data, entry.split, num_records)
+    except ValueError as error:
+        raise ConfigError(f"--num={num} asks for too many: {error}") from error
+    records = envs.load_records(entry.env, split=entry.split, num_records=num_records, data=data)
+    taskset_id = list(config.tasksets).index(name)
+    tasks = [
+        types.Task(taskset=name, taskset_id=taskset_id, index=index, record=record)
+        for index, record in enumerate(records)
+    ]
+    size = min(config.packs.size, len(tasks))
+    samples = []
+    for pack in packs.make_packs(tasks, size=size, mode="cod", pad_to_full=True):
+        for slot, (task, env_task_idx) in enumerate(
+            zip(pack.tasks, pack.env_task_indices, strict=True)
+        ):
+            env = envs.make(entry.env, **entry.settings.to_dict())
+            observation = env.reset(
+                task.record,
+                pack_seed=pack.seed,
+                slot=slot,
+                pack_size=size,
+                env_task_idx=env_task_idx,
+            )
+            samples.append(
+                {
+                    "taskset": name,
+                    "index": task.index,
+                    "pack_seed": pack.seed,
+                    "position": slot,
+                    "record": dict(task.record),
+                    "system_prompt": env.system_prompt,
+                    "observation": observation,
+                }
+            )
+    return samples[: min(num, len(tasks))]
+
+
+def _sample_text(sample: dict[str, Any]) -> str:
+    heading = "{taskset}, row {index}: position {position} of the pack with seed {pack_seed}"
+    return (
+        f"━━ {heading.format(**sample)} ━━\n"
+        f"record: {json.dumps(sample['record'], ensure_ascii=False)}\n"
+        f"── system prompt\n{sample['system_prompt']}\n"
+        f"── first observation\n{sample['observation']}\n\n"
+    )
+
+
+def _bench(_: None, options: dict[str, Any], positional: list[str]) -> None:
+    from codjax import bench
+
+    name = positional[0] if positional else None
+    if name is not None:
+        checks.choice("NAME", name, bench.BENCHES)
+    bench.main(name, options["output"])
+
+
+def _check_workdir(workdir: str | None) -> None:
+    if not workdir:
+        raise ConfigError("--workdir=DIR must be given: the run is written there and resumed.")
+    if pathlib.Path(workdir).exists() and not pathlib.Path(workdir).is_dir():
+        raise ConfigError(f"--workdir={workdir} must be a folder; it is a file.")
+
+
+def _help() -> str:
+    lines = [f"  {name:<7} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: codjax COMMAND [flags]",
+            "",
+            "Trains language-model agents that keep learning after deployment.",
+            "",
+            *lines,
+            "",
+            "codjax COMMAND --help tells its flags; codjax --version, the version.",
+            "",
+        ]
+    )
+
+
+def _command_help(name: str, command: Command) -> str:
+    rows = []
+    usage = ["usage: codjax", name]
+    if command.positional:
+        usage.append(f"[{command.positional}]")
+    if command.takes_config:
+        usage.append("--config=FILE.py")
+        rows += [
+            ("--config=FILE.py", "Python file with get_config(), such as those in configs/"),
+            ("--config.KEY=VALUE", "sets one key of it, as --config.optimizer.learning_rate=3e-6"),
+        ]
+    for flag in command.flags:
+        text = f"--{flag.name}" + (f"={flag.placeholder}" if flag.placeholder else "")
+        default = f" (default: {flag.default})" if flag.default not in (None, False) else ""
+        rows.append((text, flag.help + default))
+    lines = [f"  {left:<20} {right}" for left, right in rows]
+    end = [command.epilogue, ""] if command.epilogue else []
+    return "\n".join([" ".join([*usage, "[flags]"]), "", command.summary, "", *lines, "", *end])
+
+
+def _write(text: str, *, to: Any = None) -> None:
+    stream = sys.stdout if to is None else to
+    stream.write(text)
+    stream.flush()
+
+
+_WORKDIR = Flag(
+    name="workdir", default=None, placeholder="DIR", help="folder of the run; made if missing"
+)
+COMMANDS = {
+    "train": Command(
+        summary="Trains by a config file; goes on by itself where the workdir has a checkpoint.",
+        run=_train,
+        flags=(
+            _WORKDIR,
+            Flag(
+                name="dry-run",
+                default=False,
+                help="print the resolved config and what follows from it, and exit",
+            ),
+        ),
+    ),
+    "eval": Command(
+        summary="Evaluates a checkpoint on the config's evaluation matrix; writes eval.json.",
+        run=_eval,
+        flags=(
+            _WORKDIR,
+            Flag(
+                name="checkpoint",
+                default="latest",
+                placeholder="WHICH",
+                help="latest, base (before training), a step, or a folder",
+            ),
+        ),
+    ),
+    "data": Command(
+        summary="Prints tasks of a task set as an agent first sees them, or writes JSON lines.",
+        run=_data,
+        flags=(
+            Flag(name="taskset", default=None, placeholder="NAME", help="one of config.tasksets"),
+            Flag(
+                name="output",
+                default=None,
+                placeholder="FILE.jsonl",
+                help="write there, one object a line, instead of printing",
+            ),
+            Flag(name="num", default=5, placeholder="N", help="how many tasks, from the first"),
+        ),
+    ),
+    "bench": Command(
+        summary="Runs the project's benchmarks, one or all; prints a table.",
+        run=_bench,
+        takes_config=False,
+        positional="NAME",
+        flags=(
+            Flag(
+                name="output",
+                default=None,
+                placeholder="FILE.json",
+                help="also write the numbers there",
+            ),
+        ),
+    ),
+}

@@ -1,0 +1,363 @@
+"""Reward by position on held-out packs: `codjax eval`.
+
+    load parameters → run every entry of `config.evaluation.matrix` → means and intervals per
+    position → eval.json, a table, a plot, a few packs to read
+
+The protocol is that of training, one run per pack. Hidden worlds follow from the members of a
+pack, so two checkpoints meet the same worlds and can be compared pack by pack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from ml_collections import ConfigDict
+
+from codjax import (
+    build,
+    checkpoints,
+    learner,
+    models,
+    packs,
+    plots,
+    seeds,
+    sharding,
+    types,
+    validation,
+)
+from codjax import chat as chats
+from codjax.envs import ladder
+from codjax.rollout import engine, runner
+from codjax.rollout import episode as episodes_lib
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What the entries of an evaluation matrix share; one checkpoint after the other goes in."""
+
+    config: ConfigDict
+    chat: chats.Chat
+    tasksets: Mapping[str, build.TaskSet]
+    sampler: engine.Engine
+
+    def run(self, params: learner.Params) -> dict[str, list[types.Trajectory]]:
+        """Trajectories of every entry of the matrix under these parameters, one per pack."""
+        self.sampler.load_weights(params, policy_version=0)
+        matrix = self.config.evaluation.matrix
+        found: dict[str, list[types.Trajectory]] = {}
+        plain: dict[str, list[types.Trajectory]] = {}
+        # A swapped hint comes from an undisturbed run of another pack, so those go first.
+        for name in sorted(matrix, key=lambda name: matrix[name].condition == "hint_swapped"):
+            entry = matrix[name]
+            twin = json.dumps([entry.taskset, entry.mode, entry.pack_size, entry.num_packs])
+            if entry.condition == "hint_swapped":
+                if twin not in plain:
+                    plain[twin] = self._run_entry(entry, [])
+                found[name] = self._run_entry(entry, _swapped_hints(plain[twin]))
+            elif entry.condition == "hint_blanked":
+                found[name] = self._run_entry(entry, [], blanks_hints=True)
+            else:
+                found[name] = plain[twin] = self._run_entry(entry, [])
+        return {name: found[name] for name in matrix}
+
+    def _run_entry(
+        self,
+        entry: ConfigDict,
+        overrides: list[runner.HintOverride],
+        *,
+        blanks_hints: bool = False,
+    ) -> list[types.Trajectory]:
+        taskset = self.tasksets[entry.taskset]
+        settings = dataclasses.replace(
+            episodes_lib.settings_from(
+                self.config.rollout, keep_env_memory=self.config.packs.keep_env_memory
+            ),
+            temperature=self.config.evaluation.temperature,
+            top_p=self.config.evaluation.top_p,
+            top_k=self.config.evaluation.top_k,
+            blanks_hints=blanks_hints or self.config.rollout.blank_hints,
+        )
+        all_packs = entry_packs(entry, taskset)
+        # As many at once as the sampler has slots: each run then finds its own prefix again.
+        at_once, trajectories = self.config.engine.num_slots, []
+        for begin in range(0, len(all_packs), at_once):
+            part = slice(begin, begin + at_once)
+            groups = asyncio.run(
+                runner.run_packs(
+                    all_packs[part],
+                    group_size=1,
+                    tasksets={taskset.name: taskset.rules()},
+                    sampler=self.sampler,
+                    chat=self.chat,
+                    settings=settings,
+                    seed=seeds.derive_seed(self.config.evaluation.seed, "evaluation"),
+                    hint_overrides=overrides[part] if overrides else None,
+                )
+            )
+            trajectories += [trajectory for (trajectory,) in groups]
+        return trajectories
+
+
+def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, Any]:
+    """Evaluates a checkpoint and writes eval.json, eval_packs.jsonl and the plot to the workdir.
+
+    Args:
+        config: of the run.
+        checkpoint: "latest", "base" (step 0), a step, the folder of an Orbax step, or a Hugging
+            Face folder.
+        workdir: of the run.
+
+    Returns:
+        What eval.json holds; see docs/file_formats.md.
+
+    Raises:
+        checkpoints.CheckpointError: there is no such checkpoint.
+    """
+    validation.validate(config)
+    chat = chats.load_chat(config.tokenizer.source)
+    model = build.make_model(config, chat)
+    mesh = build.make_mesh(config)
+    names = dict.fromkeys(entry.taskset for entry in config.evaluation.matrix.values())
+    evaluator = Evaluator(
+        config=config,
+        chat=chat,
+        tasksets=build.load_tasksets(config, list(names)),
+        sampler=build.make_engine(config, model, mesh),
+    )
+    candidates = _candidates(config, model, mesh, checkpoint, workdir)
+    runs = {}
+    for label, params in candidates.items():
+        _logger.info("Evaluating %s.", label)
+        runs[label] = evaluator.run(params)
+    (label, trajectories), *others = runs.items()
+    report: dict[str, Any] = {"checkpoint": label, **_summary(config, chat, trajectories)}
+    for base, base_trajectories in others:
+        report["base"] = {"checkpoint": base, **_summary(config, chat, base_trajectories)}
+    report["ladder"] = _ladders(config)
+    _write(pathlib.Path(workdir), report, runs)
+    show(report)
+    return report
+
+
+def entry_packs(entry: ConfigDict, taskset: build.TaskSet) -> list[types.Pack]:
+    """The packs of an entry of the matrix: consecutive rows from the start of the task set."""
+    per_pack = 1 if entry.mode == types.PackMode.RALPH_FULL else entry.pack_size
+    wanted = entry.num_packs * per_pack
+    if wanted > len(taskset.records):
+        raise ValueError(
+            f"evaluation.matrix needs {wanted} rows of tasksets.{taskset.name}, which has "
+            f"{len(taskset.records)}; lower num_packs or use more records."
+        )
+    return packs.make_packs(
+        taskset.tasks(wanted), size=entry.pack_size, mode=entry.mode, pad_to_full=False
+    )
+
+
+def summarise(
+    trajectories: Sequence[types.Trajectory], chat: chats.Chat
+) -> list[dict[str, float]]:
+    """Means over packs, position by position, with the half width of their 95 % intervals.
+
+    Args:
+        trajectories: one per pack; those with a failure are left out.
+        chat: measures the hints.
+
+    Returns:
+        Per position: reward, reward_ci95, success, success_ci95, turns, format_error, hint_tokens
+        (of the hint that the episode was given), response_tokens.
+    """
+    kept = [t.episodes_of(types.EpisodeKind.SOLVE_TASK) for t in trajectories if not t.failure]
+    positions = []
+    for episodes in zip(*kept, strict=True):
+        reward, reward_ci95 = mean_and_ci95([e.reward for e in episodes])
+        success, success_ci95 = mean_and_ci95([e.is_success for e in episodes])
+        hint_tokens = [len(chat.respond(e.hint_in)) - 1 for e in episodes]
+        response_tokens = [sum(len(turn.response_tokens) for turn in e.turns) for e in episodes]
+        positions.append(
+            {
+                "reward": reward,
+                "reward_ci95": reward_ci95,
+                "success": success,
+                "success_ci95": success_ci95,
+                "turns": float(np.mean([len(e.turns) for e in episodes])),
+                "format_error": float(np.mean([e.has_format_error for e in episodes])),
+                "hint_tokens": float(np.mean(hint_tokens)),
+                "response_tokens": float(np.mean(response_tokens)),
+            }
+        )
+    return positions
+
+
+def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its normal 95 % interval (0 for a single value)."""
+    array = np.asarray(values, np.float64)
+    if len(array) < 2:
+        return float(array.mean()), 0.0
+    return float(array.mean()), float(1.96 * array.std(ddof=1) / np.sqrt(len(array)))
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print the report as a table: a line per checkpoint and entry, a column per position."""
+    sources = {"base model": report["base"]} if "base" in report else {}
+    sources["trained" if sources else report["checkpoint"]] = report
+    num_positions = max(
+        len(entry["positions"]) for source in sources.values() for entry in _entries(source)
+    )
+    table = rich.table.Table(title=f"Mean reward by position ({report['checkpoint']})")
+    table.add_column("")
+    for position in range(num_positions):
+        table.add_column(f"position {position}", justify="right")
+    for label, source in sources.items():
+        for name, entry in source["tasksets"].items():
+            cells = [f"{p['reward']:.3f} ± {p['reward_ci95']:.3f}" for p in entry["positions"]]
+            table.add_row(f"{label}: {name}", *cells)
+    for name, players in report["ladder"].items():
+        for player, values in players.items():
+            table.add_row(f"exact, {player}: {name}", *(f"{value:.3f}" for value in values))
+    rich.console.Console().print(table)
+
+
+def pack_text(trajectory: types.Trajectory) -> str:
+    """A trajectory to read: per task the hint, what was seen and done, the reward, the new hint."""
+    lines = [f"pack seed {trajectory.pack.seed}"]
+    for e in trajectory.episodes:
+        turns = "  ".join(
+            f"{observation}→{action}"
+            for observation, action in zip(e.observations, e.actions, strict=False)
+        )
+        if e.kind is types.EpisodeKind.SOLVE_TASK:
+            lines.append(f"  task {e.position}  hint {e.hint_in}  {turns}  reward {e.reward:.2f}")
+        else:
+            lines.append(f"          new hint {e.hint_out}")
+    return "\n".join(lines)
+
+
+def _candidates(
+    config: ConfigDict,
+    model: models.Qwen3,
+    mesh: jax.sharding.Mesh,
+    checkpoint: str | int,
+    workdir: str,
+) -> dict[str, learner.Params]:
+    """Parameters to evaluate by label: the checkpoint asked for, then the base model."""
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        build.params_of(model),
+        sharding.param_shardings(model, mesh),
+    )
+    text = str(checkpoint)
+    folder = pathlib.Path(text)
+    if (folder / "config.json").exists() and not (folder / "checkpoints").exists():
+        published = models.from_pretrained(
+            folder,
+            dtype=config.model.dtype,
+            param_dtype=config.model.param_dtype,
+            place=sharding.place(mesh),
+        )
+        return {text: build.params_of(published)}
+    if folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
+        workdir, text = str(folder.resolve().parent.parent), folder.name
+    store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
+    try:
+        step = _step_of(text, store, workdir)
+        found = {f"step {step}": store.restore_params(step, like)}
+        if config.evaluation.compare_base and step != 0 and 0 in store.steps():
+            found["step 0"] = store.restore_params(0, like)
+        return found
+    finally:
+        store.close()
+
+
+def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
+    latest = store.latest_step()
+    if latest is None:
+        raise checkpoints.CheckpointError(
+            f"{workdir} holds no finished checkpoint; train first: codjax train --workdir={workdir}"
+        )
+    if text in ("latest", "base"):
+        return latest if text == "latest" else 0
+    if not text.isdigit():
+        raise checkpoints.CheckpointError(
+            f"--checkpoint must be latest, base, a step, or an existing folder; got {text!r}."
+        )
+    return int(text)
+
+
+def _swapped_hints(donors: Sequence[types.Trajectory]) -> list[runner.HintOverride]:
+    """Per pack, the hints that the next pack had at the same positions."""
+
+    def override(donor: types.Trajectory) -> runner.HintOverride:
+        solves = donor.episodes_of(types.EpisodeKind.SOLVE_TASK)
+        return lambda position, hint: solves[position].hint_in if position < len(solves) else hint
+
+    return [override(donors[(i + 1) % len(donors)]) for i in range(len(donors))]
+
+
+def _summary(
+    config: ConfigDict, chat: chats.Chat, runs: Mapping[str, Sequence[types.Trajectory]]
+) -> dict[str, Any]:
+    matrix = config.evaluation.matrix
+    return {
+        "tasksets": {
+            name: {
+                "taskset": matrix[name].taskset,
+                "mode": matrix[name].mode,
+                "condition": matrix[name].condition,
+                "num_packs": sum(t.failure is None for t in trajectories),
+                "dropped_packs": sum(t.failure is not None for t in trajectories),
+                "positions": summarise(trajectories, chat),
+            }
+            for name, trajectories in runs.items()
+        }
+    }
+
+
+def _entries(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(source["tasksets"].values())
+
+
+def _ladders(config: ConfigDict) -> dict[str, dict[str, list[float]]]:
+    """Exact rewards of reference players, for the undisturbed entries where they are known."""
+    found = {}
+    for name, entry in config.evaluation.matrix.items():
+        if entry.condition == "none" and entry.mode == "cod":
+            taskset = config.tasksets[entry.taskset]
+            exact = ladder.LADDERS.get(taskset.env)
+            if exact is not None:
+                found[name] = exact(
+                    entry.pack_size, taskset.settings.to_dict(), taskset.data.to_dict()
+                )
+    return found
+
+
+def _write(
+    workdir: pathlib.Path,
+    report: Mapping[str, Any],
+    runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]],
+) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "eval.json").write_text(json.dumps(report, indent=1) + "\n")
+    texts = [
+        f"## {label}, {name}\n\n" + "\n\n".join(pack_text(t) for t in trajectories[:3])
+        for label, entries in runs.items()
+        for name, trajectories in entries.items()
+    ]
+    (workdir / "eval_packs.txt").write_text("\n\n".join(texts) + "\n")
+    lines = {}
+    for label, source in (("base model", report.get("base")), ("trained", report)):
+        for name, entry in (source or {"tasksets": {}})["tasksets"].items():
+            lines[f"{label}: {name}"] = entry["positions"]
+    first = next(iter(report["ladder"].values()), {})
+    plots.plot_reward_by_position(lines, first, workdir / "reward_by_position.png")

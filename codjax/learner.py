@@ -1,0 +1,289 @@
+"""The learner: a `TokenBatch` in, new weights out.
+
+    learner = Learner(model, optimizer=…, objective=…, mesh=…, rows_per_microbatch=…)
+    state = learner.init_state()
+    state, metrics = learner.update(state, batch)
+
+An update runs over micro-batches of a fixed shape. Each adds its gradient to an accumulator
+(one compiled program), and one more program applies the sum. The loss of every micro-batch is
+already divided by the normaliser of the whole train batch, so that gradients and metrics add up,
+whatever the number of micro-batches and devices. A step with more rows costs more micro-batches,
+never a new compilation and never a dropped row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from codjax import logprobs as logprobs_lib
+from codjax import losses, masked, sharding, types
+from codjax.models import Qwen3
+
+Params = Any  # nested dict of arrays, as nnx.to_pure_dict gives it
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What an optimizer step changes."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array  # int32 [], optimizer steps so far
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised; every term is a sum over entries divided by the batch's normaliser.
+
+    Attributes:
+        policy_loss: `losses.rec_loss` with its modes bound.
+        temperature: of the policy, as in sampling.
+        kl_coef: weight of the KL to the reference model; 0 needs no reference.
+        kl_estimator: "k1" | "k2" | "k3".
+        entropy_coef: weight of the entropy, which is maximised.
+    """
+
+    policy_loss: Callable[..., tuple[jax.Array, Mapping[str, jax.Array]]]
+    temperature: float
+    kl_coef: float = 0.0
+    kl_estimator: str = "k2"
+    entropy_coef: float = 0.0
+
+
+def imitation_objective() -> Objective:
+    """Mean negative log-likelihood of the scored tokens: the policy loss at advantage 1."""
+    policy_loss = functools.partial(losses.rec_loss, clip_mode="none", weight_mode="none")
+    return Objective(policy_loss=policy_loss, temperature=1.0)
+
+
+class Learner:
+    """Owns the compiled programs of one model, optimizer and objective on one mesh.
+
+    Holds no weights: they are in the `TrainState` that goes in and comes out. `update` consumes
+    the state it is given; keep the new one.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        *,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        objective: Objective,
+        mesh: jax.sharding.Mesh,
+        rows_per_microbatch: int,
+    ):
+        """Lay out the shardings; programs compile at their first call."""
+        self._graphdef, variables = nnx.split(model)
+        self._initial_params = nnx.to_pure_dict(variables)
+        self._optimizer, self._schedule, self._objective = optimizer, schedule, objective
+        self._rows = rows_per_microbatch
+        self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._batch_shardings = sharding.batch_shardings(mesh)
+        self._constrain = sharding.constrain(mesh)
+        self.param_shardings = sharding.param_shardings(model, mesh)
+        self.state_shardings = self._state_shardings()
+        self._accumulate = jax.jit(self._accumulate_fn, donate_argnums=(1,))
+        self._apply = jax.jit(
+            self._apply_fn,
+            donate_argnums=(0,),
+            out_shardings=(self.state_shardings, self._replicated),
+        )
+        self._score = jax.jit(self._score_fn)
+        self._zeros = jax.jit(self._zeros_fn, out_shardings=(self.param_shardings, None))
+
+    def init_state(self, params: Params | None = None) -> TrainState:
+        """A state at step 0 with these parameters, or the model's own, laid out on the mesh."""
+        params = self._initial_params if params is None else params
+        # A copy: the first update gives the buffers of the state away.
+        params = jax.jit(
+            lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.param_shardings
+        )(params)
+        opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(
+            params
+        )
+        return TrainState(params, opt_state, jax.device_put(jnp.int32(0), self._replicated))
+
+    def update(
+        self, state: TrainState, batch: types.TokenBatch
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One optimizer step on the whole batch.
+
+        Args:
+            state: consumed.
+            batch: `[B T]` with B a multiple of `rows_per_microbatch`, on the host.
+
+        Returns:
+            The new state and the metrics of the step (docs/metrics.md), as Python numbers.
+        """
+        grads, sums = self._zeros(state.params)
+        for rows in self._microbatches(batch):
+            grads, sums = self._accumulate(state.params, grads, sums, rows)
+        state, metrics = self._apply(state, grads, sums)
+        return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+    def loss_and_grads(
+        self, params: Params, batch: types.TokenBatch
+    ) -> tuple[float, Params, dict[str, float]]:
+        """Loss, gradient and metrics of the whole batch, without a step."""
+        grads, sums = self._zeros(params)
+        for rows in self._microbatches(batch):
+            grads, sums = self._accumulate(params, grads, sums, rows)
+        metrics = {name: float(value) for name, value in jax.device_get(sums).items()}
+        return metrics["loss/total"], grads, metrics
+
+    def score(self, params: Params, batch: types.TokenBatch) -> np.ndarray:
+        """Log-probability of every scored entry under these parameters: float32 `[B K]`."""
+        parts = [
+            np.asarray(self._score(params, rows)) for rows in self._microbatches(batch)
+        ]
+        return np.concatenate(parts)
+
+    def num_compilations(self) -> int:
+        """Programs compiled so far; constant after the first update."""
+        jitted = (self._accumulate, self._apply, self._score, self._zeros)
+        return sum(function._cache_size() for function in jitted)
+
+    def _microbatches(self, batch: types.TokenBatch) -> list[types.TokenBatch]:
+        num_rows = batch.tokens.shape[0]
+        if num_rows % self._rows:
+            raise ValueError(
+                f"a batch of {num_rows} rows cannot be cut into micro-batches of "
+                f"batching.rows_per_microbatch = {self._rows}; build it with rows_multiple."
+            )
+        parts = []
+        for begin in range(0, num_rows, self._rows):
+            rows = jax.tree.map(
+                lambda x, begin=begin: x[begin : begin + self._rows] if np.ndim(x) else x, batch
+            )
+            parts.append(jax.device_put(rows, self._batch_shardings))
+        return parts
+
+    def _state_shardings(self) -> TrainState:
+        """Every optimizer moment lies as its parameter does; the rest is replicated."""
+        shapes = jax.eval_shape(lambda p: p, self._initial_params)
+        opt_state = optax.tree_utils.tree_map_params(
+            self._optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self._optimizer.init, shapes),
+            self.param_shardings,
+            transform_non_params=lambda _: self._replicated,
+        )
+        return TrainState(self.param_shardings, opt_state, self._replicated)
+
+    def _forward(
+        self, params: Params, batch: types.TokenBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and entropy of every scored entry: `[B K]`, `[B K]`."""
+        model = nnx.merge(self._graphdef, params)
+        hidden = model(
+            batch.tokens, batch.token_positions, batch.subtree_end, constrain=self._constrain
+        )
+        return logprobs_lib.scored_logprobs(
+            hidden,
+            model.unembedding,
+            batch.source,
+            batch.target,
+            temperature=self._objective.temperature,
+        )
+
+    def _loss(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, Metrics]:
+        """Share of this micro-batch in the loss and in the metrics of the whole batch."""
+        logprobs, entropy = self._forward(params, batch)
+        return objective_terms(self._objective, logprobs, entropy, batch)
+
+    def _accumulate_fn(
+        self, params: Params, grads: Params, sums: Metrics, batch: types.TokenBatch
+    ) -> tuple[Params, Metrics]:
+        (_, metrics), new = jax.value_and_grad(self._loss, has_aux=True)(params, batch)
+        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new)
+        grads = jax.lax.with_sharding_constraint(grads, self.param_shardings)
+        return grads, losses.merge_metrics(metrics, sums)
+
+    def _apply_fn(
+        self, state: TrainState, grads: Params, sums: Metrics
+    ) -> tuple[TrainState, Metrics]:
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = sums | {
+            "optimizer/grad_norm": optax.tree.norm(grads),
+            "optimizer/update_norm": optax.tree.norm(updates),
+            "optimizer/learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    def _score_fn(self, params: Params, batch: types.TokenBatch) -> jax.Array:
+        return self._forward(params, batch)[0]
+
+    def _zeros_fn(self, params: Params) -> tuple[Params, Metrics]:
+        """Accumulators: a gradient of zeros in float32 and every metric at 0."""
+        one = np.zeros((1, 1), np.float32)
+        batch = types.TokenBatch(*[one] * len(types.TokenBatch._fields))._replace(
+            source=one.astype(np.int32),
+            sample_ids=one.astype(np.int32),
+            normaliser=np.float32(1),
+            num_scored=np.int32(1),
+        )
+        names = jax.eval_shape(
+            functools.partial(objective_terms, self._objective), one, one, batch
+        )[1]
+        grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        return grads, {name: jnp.float32(0) for name in names}
+
+
+def objective_terms(
+    objective: Objective, logprobs: jax.Array, entropy: jax.Array, batch: types.TokenBatch
+) -> tuple[jax.Array, Metrics]:
+    """Loss and metrics of some rows of a batch.
+
+    Args:
+        objective: the terms and their weights.
+        logprobs: of the policy being trained, `[B K]`.
+        entropy: of its distribution at every entry, `[B K]`.
+        batch: the rows; its normaliser is that of the whole train batch.
+
+    Returns:
+        The rows' share of the loss, and metrics for `losses.merge_metrics`.
+    """
+    num_rows, width = logprobs.shape
+    # Sample ids count from 0 in every row; each row has fewer samples than entries.
+    sample_ids = batch.sample_ids + width * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    flat = functools.partial(jnp.reshape, shape=(-1,))
+    weights = flat(batch.weights)
+    policy, metrics = objective.policy_loss(
+        flat(logprobs),
+        flat(batch.sampler_logprobs),
+        flat(batch.advantages),
+        weights,
+        sample_ids=flat(sample_ids),
+        num_scored=batch.normaliser,
+        num_entries=batch.num_scored,
+    )
+    share = (weights != 0) / jnp.maximum(batch.num_scored, 1).astype(jnp.float32)
+    mean_entropy = masked.weighted_sum(flat(entropy), share)
+    terms = {"loss/policy": policy, "loss/entropy": mean_entropy}
+    total = policy
+    if objective.entropy_coef:
+        weighted = masked.weighted_sum(flat(entropy), weights) / batch.normaliser
+        total = total - objective.entropy_coef * weighted
+    if objective.kl_coef:
+        kl = losses.kl_loss(
+            flat(logprobs),
+            flat(batch.ref_logprobs),
+            weights,
+            estimator=objective.kl_estimator,
+            num_scored=batch.normaliser,
+        )
+        total = total + objective.kl_coef * kl
+        terms["loss/kl_policy_to_ref"] = kl
+    terms["loss/total"] = total
+    return total, terms | dict(metrics)

@@ -1,0 +1,160 @@
+"""Where arrays lie on the devices: a mesh, one table of rules, shardings of parameters and rows.
+
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    params = jax.device_put(params, param_shardings(model, mesh))
+    batch = jax.device_put(batch, batch_shardings(mesh))
+
+Parameters and activations have logical axes ("embed", "heads", …); `RULES` says which mesh axes cut
+which logical axis. Rows are cut over `data` and `fsdp` together, parameters over `fsdp` and
+`tensor`. An axis that does not divide is an error at start, never a silent copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from codjax import models, types
+
+MESH_AXES = ("data", "fsdp", "tensor")  # each has a key of its name in `config.mesh`
+
+RULES: dict[str, tuple[str, ...]] = {  # logical axis → mesh axes that cut it
+    # parameters
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_dim": (),
+    "norm": (),  # vectors: not worth gathering
+    # activations
+    "batch": ("data", "fsdp"),
+    "tokens": (),
+    "width": (),
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of all devices of all processes, with the axes `MESH_AXES`.
+
+    Args:
+        data: groups of devices that hold the parameters each.
+        fsdp: devices over which a group cuts rows and parameters.
+        tensor: devices over which it cuts heads, MLP and vocabulary.
+            One of the three may be -1: the devices that are left.
+
+    Raises:
+        ValueError: the product is not the number of devices.
+    """
+    sizes = mesh_sizes(data, fsdp, tensor, num_devices=jax.device_count())
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, *, num_devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, with -1 resolved; touches no device.
+
+    >>> mesh_sizes(-1, 2, 2, num_devices=8)
+    {'data': 2, 'fsdp': 2, 'tensor': 2}
+    """
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    asked = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(
+            f"mesh sizes must be at least 1, one of them may be -1 (the devices left); got {asked}."
+        )
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    elif free or fixed != num_devices:
+        must = "divide" if free else "be"
+        raise ValueError(
+            f"the product of the mesh sizes must {must} the number of devices, {num_devices}; "
+            f"got {asked}: set one of them to -1 to use the devices that are left."
+        )
+    return sizes
+
+
+def check_divisible(sizes: Mapping[str, int], mesh_shape: Mapping[str, int]) -> None:
+    """Raise unless every logical axis divides by the mesh axes that cut it.
+
+    Args:
+        sizes: logical axis → size, such as `DecoderConfig.axis_sizes` or ``{"batch": rows}``.
+        mesh_shape: mesh axis → devices: `mesh_sizes(…)` or ``mesh.shape``.
+
+    Raises:
+        ValueError: names the logical axis, its size, the mesh axes and their keys.
+    """
+    for axis, size in sizes.items():
+        num_parts = math.prod(mesh_shape[mesh_axis] for mesh_axis in RULES[axis])
+        if size % num_parts:
+            cut = " * ".join(f"mesh.{name}" for name in RULES[axis])
+            raise ValueError(
+                f"axis {axis!r} of size {size} must divide by {cut} = {num_parts}, which cuts it; "
+                f"choose sizes of the mesh whose product divides {size}."
+            )
+
+
+def spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """The partition of an array with these logical axes, one a dimension."""
+    return PartitionSpec(*(RULES[axis] or None for axis in axes))
+
+
+def param_shardings(model: models.Qwen3, mesh: Mesh) -> dict[str, Any]:
+    """Sharding of every parameter, in the nested dict of ``nnx.to_pure_dict(nnx.state(model))``.
+
+    Args:
+        model: the model; may be abstract (`nnx.eval_shape`).
+        mesh: of `make_mesh`.
+
+    Raises:
+        ValueError: an axis does not divide, as `check_divisible` says.
+    """
+    check_divisible(model.config.axis_sizes, mesh.shape)
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, spec(axes)),
+        models.logical_axes(model),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def batch_shardings(mesh: Mesh) -> types.TokenBatch:
+    """Sharding of every field of a batch: rows over `data` and `fsdp`, numbers everywhere."""
+    rows = NamedSharding(mesh, spec(("batch",)))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    numbers = {"normaliser", "num_scored"}
+    fields: dict[str, Any] = {
+        name: everywhere if name in numbers else rows for name in types.TokenBatch._fields
+    }
+    return types.TokenBatch(**fields)
+
+
+def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
+    """A function that pins an activation, given with its logical axes, to the mesh, in jit."""
+
+    def pin(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+
+    return pin
+
+
+def place(mesh: Mesh) -> Callable[[np.ndarray, tuple[str, ...]], jax.Array]:
+    """A function that puts a host array, given with its logical axes, on the mesh.
+
+    Every process holds the whole array and sends its own devices their parts.
+    """
+
+    def put(array: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
+        check_divisible(dict(zip(axes, array.shape, strict=True)), mesh.shape)
+        sharding = NamedSharding(mesh, spec(axes))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return put

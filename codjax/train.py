@@ -1,0 +1,443 @@
+"""The whole run, top to bottom: `codjax train`.
+
+    tasks ─packs→ Pack ─rollout→ Trajectory ─credit→ scores ─batching→ TokenBatch ─update→ weights
+      ↑                                                                                      │
+      └──────────────── next step ←── sampler.load_weights(version + 1) ←────────────────────┘
+
+Read `main`, then `_Rollouts` and `_train_on`. A run is a function of its config: every random
+number is derived from the seed by name and step, so that a run that was killed and started again
+writes what it would have written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from codjax import (
+    batching,
+    build,
+    checkpoints,
+    credit,
+    learner,
+    losses,
+    metrics,
+    packs,
+    progress,
+    seeds,
+    serialization,
+    types,
+    validation,
+    warmup,
+)
+from codjax import chat as chats
+from codjax.rollout import engine, runner
+from codjax.rollout import episode as episodes
+
+Groups = list[list[types.Trajectory]]
+
+_logger = logging.getLogger(__name__)
+
+# Keys that may change between two starts of the same run: they move no number of a step.
+_FREE_KEYS = ("num_steps", "checkpoint", "evaluation", "metrics")
+
+
+def main(config: ConfigDict, workdir: str) -> None:
+    """Trains, or goes on training, the run of this config in this folder.
+
+    Args:
+        config: see `codjax.config.default_config`.
+        workdir: of the run; when it holds a checkpoint, the run goes on from there.
+
+    Raises:
+        validation.ConfigError: the config cannot work, or is not the one the workdir began with.
+    """
+    validation.validate(config)
+    folder = pathlib.Path(workdir)
+    _claim(folder, config)
+    run = _Run.of(config)
+    store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
+    try:
+        state, loop = _begin(run, store, folder)
+        _loop(run, store, folder, state, loop)
+    finally:
+        store.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The parts of a run; none of them changes while it goes on, but for the sampler's weights."""
+
+    config: ConfigDict
+    chat: chats.Chat
+    tasksets: Mapping[str, build.TaskSet]
+    model: Any
+    mesh: jax.sharding.Mesh
+    learner: learner.Learner
+    sampler: engine.Engine
+    rules: credit.Rules
+    settings: episodes.RolloutSettings
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> _Run:
+        """The parts that the config describes."""
+        chat = chats.load_chat(config.tokenizer.source)
+        model, mesh = build.make_model(config, chat), build.make_mesh(config)
+        return cls(
+            config=config,
+            chat=chat,
+            tasksets=build.load_tasksets(config, config.rollout.tasksets),
+            model=model,
+            mesh=mesh,
+            learner=build.make_learner(
+                config,
+                model,
+                mesh,
+                optimizer=config.optimizer,
+                objective=build.make_objective(config),
+                num_steps=config.num_steps,
+            ),
+            sampler=build.make_engine(config, model, mesh),
+            rules=credit.make_rules(config.credit),
+            settings=episodes.settings_from(
+                config.rollout, keep_env_memory=config.packs.keep_env_memory
+            ),
+        )
+
+
+class _Rollouts:
+    """The rollouts of a run, one step after the other; owns a thread when they run ahead.
+
+    With `rollout.steps_ahead` 0, `take` samples with the weights loaded last. With 1, the rollout
+    of the next step is begun before the learner updates on this one and samples meanwhile, with
+    weights one version older than those it will be trained with.
+    """
+
+    def __init__(self, run: _Run, *, waiting: Groups | None):
+        self._run, self._waiting = run, waiting
+        self._ahead: concurrent.futures.Future[Groups] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="rollout")
+
+    def take(self, step: int) -> Groups:
+        """The trajectories of the step, sampled now unless they were begun before."""
+        if self._waiting is not None:
+            groups, self._waiting = self._waiting, None
+            return groups
+        if self._ahead is not None:
+            groups = self._ahead.result()
+            self._ahead = None
+            return groups
+        return sample_step(self._run, step)
+
+    def begin(self, step: int) -> None:
+        """Start sampling the trajectories of the step in the background."""
+        self._ahead = self._thread.submit(sample_step, self._run, step)
+
+    def waiting(self) -> Groups | None:
+        """Trajectories sampled ahead, once they are complete; they belong in a checkpoint."""
+        return None if self._ahead is None else self._ahead.result()
+
+    def close(self) -> None:
+        """Wait for what is being sampled and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(
+    run: _Run, store: checkpoints.Checkpoints, folder: pathlib.Path
+) -> tuple[learner.TrainState, dict[str, Any]]:
+    """State and position to go on from: the newest checkpoint, else the model after warm-up."""
+    latest = store.latest_step()
+    if latest is not None:
+        _logger.info("Resuming %s from step %d.", folder, latest)
+        shapes = jax.eval_shape(run.learner.init_state)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            run.learner.state_shardings,
+        )
+        return store.restore(latest, like)
+    state = run.learner.init_state(_warm_up(run, folder))
+    loop = {"step": 0, "waiting": None}
+    store.save(0, state, loop)
+    return state, loop
+
+
+def _warm_up(run: _Run, folder: pathlib.Path) -> learner.Params | None:
+    """Parameters after the warm-up that the config asks for, or None."""
+    num_steps = run.config.warmup.num_steps
+    if not num_steps:
+        return None
+    steps = warmup.run(
+        run.config,
+        chat=run.chat,
+        model=run.model,
+        mesh=run.mesh,
+        tasksets=list(run.tasksets.values()),
+    )
+    params = None
+    with (
+        (folder / "warmup.jsonl").open("w") as file,
+        progress.Progress("warm-up", total=num_steps, every=100) as bar,
+    ):
+        for step, (state, step_metrics) in enumerate(steps, start=1):
+            params = state.params
+            if step % 50 == 0 or step == num_steps:
+                file.write(json.dumps({"step": step} | step_metrics, sort_keys=True) + "\n")
+            bar.update(step, f"loss {step_metrics['loss/total']:.3f}")
+    return params
+
+
+def _loop(
+    run: _Run,
+    store: checkpoints.Checkpoints,
+    folder: pathlib.Path,
+    state: learner.TrainState,
+    loop: dict[str, Any],
+) -> None:
+    """Steps from the loop's position to the end."""
+    config, start = run.config, loop["step"]
+    reference = _reference(run, store)
+    waiting = loop["waiting"] and [
+        [serialization.trajectory_from_json(t) for t in group] for group in loop["waiting"]
+    ]
+    rollouts = _Rollouts(run, waiting=waiting)
+    trajectories = metrics.TrajectoryWriter(
+        folder,
+        seed=config.seed,
+        packs_per_step=config.metrics.packs_per_step,
+        decode=run.chat.show,
+    )
+    run.sampler.load_weights(_copy(state.params), policy_version=start)
+    try:
+        with (
+            metrics.MetricsWriter(folder, start + 1, config.metrics.tensorboard) as writer,
+            progress.Progress("train", total=config.num_steps, start=start) as bar,
+        ):
+            for step in range(start, config.num_steps):
+                clock = _Clock()
+                groups = rollouts.take(step)
+                clock.lap("rollout_s")
+                if config.rollout.steps_ahead and step + 1 < config.num_steps:
+                    run.sampler.load_weights(_copy(state.params), policy_version=step)
+                    rollouts.begin(step + 1)
+                state, scored, numbers = _train_on(run, state, groups, reference, clock)
+                if not config.rollout.steps_ahead:
+                    run.sampler.load_weights(_copy(state.params), policy_version=step + 1)
+                numbers |= metrics.rollout_metrics(groups, policy_version=step)
+                numbers |= clock.metrics(numbers)
+                writer.write(step + 1, numbers)
+                if (step + 1) % config.metrics.packs_every_steps == 0:
+                    trajectories.write(step + 1, groups, scored)
+                bar.update(
+                    step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"]
+                )
+                if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == config.num_steps:
+                    ahead = serialization.to_json(rollouts.waiting())
+                    store.save(step + 1, state, {"step": step + 1, "waiting": ahead})
+    finally:
+        rollouts.close()
+
+
+def sample_step(run: _Run, step: int) -> Groups:
+    """The trajectories of a rollout step, group by group: a function of the step and the weights."""
+    config = run.config
+    drawn = packs.step_tasks(
+        {name: taskset.records for name, taskset in run.tasksets.items()},
+        step=step,
+        tasks_per_step=config.rollout.tasks_per_step,
+        seed=config.seed,
+    )
+    rules = {
+        "size": config.packs.size,
+        "mode": config.packs.mode,
+        "pad_to_full": config.packs.pad_to_full,
+    }
+    if dropped := packs.num_dropped(drawn.tasks, **rules):
+        _logger.warning(
+            "Step %d: %d of %d tasks are in no pack of %d; see packs.pad_to_full.",
+            step,
+            dropped,
+            len(drawn.tasks),
+            config.packs.size,
+        )
+    step_packs = packs.make_packs(drawn.tasks, **rules, epoch=drawn.epochs)
+    return asyncio.run(
+        runner.run_packs(
+            step_packs,
+            group_size=config.rollout.group_size,
+            tasksets={name: taskset.rules() for name, taskset in run.tasksets.items()},
+            sampler=run.sampler,
+            chat=run.chat,
+            settings=run.settings,
+            seed=seeds.derive_seed(config.seed, "rollout", step),
+        )
+    )
+
+
+def training_sequences(
+    scored: Sequence[Sequence[credit.ScoredTrajectory]],
+) -> list[types.Sequence]:
+    """One sequence per model call: its prompt, and its response with the episode's score."""
+    return [
+        types.Sequence(
+            tokens=np.concatenate([turn.prompt_tokens, turn.response_tokens]),
+            is_scored=np.arange(len(turn.prompt_tokens) + len(turn.response_tokens))
+            >= len(turn.prompt_tokens),
+            advantages=np.full(
+                len(turn.prompt_tokens) + len(turn.response_tokens), score, np.float32
+            ),
+            sampler_logprobs=np.concatenate(
+                [np.zeros(len(turn.prompt_tokens), np.float32), turn.sampler_logprobs]
+            ),
+        )
+        for group in scored
+        for one in group
+        for episode, score in zip(one.trajectory.episodes, one.scores, strict=True)
+        for turn in episode.turns
+    ]
+
+
+def dry_run(config: ConfigDict) -> str:
+    """The resolved config, and how much work follows from it; touches no device."""
+    validation.validate(config)
+    size = config.packs.size
+    num_packs = config.rollout.tasks_per_step // size
+    if config.packs.mode == types.PackMode.RALPH_FULL:
+        num_packs = config.rollout.tasks_per_step
+    runs = num_packs * config.rollout.group_size
+    updates = runs * (size - 1)
+    solves = runs * size
+    total = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    lines = [
+        json.dumps(json.loads(config.to_json_best_effort()), indent=2),
+        "",
+        f"rollout steps            {config.num_steps:,}, each with one optimizer step",
+        f"packs per step           {num_packs:,} of {size} tasks"
+        f" ({config.rollout.tasks_per_step:,} tasks drawn)",
+        f"runs per step            {runs:,} ({config.rollout.group_size} of every pack)",
+        f"episodes per step        {solves:,} solve, {updates:,} update",
+        f"samples per step         at least {solves + updates:,} model calls, one per turn",
+        f"tokens per sample        at most {total:,}"
+        f" ({config.rollout.max_response_tokens:,} sampled)",
+        f"sampled tokens per step  at most {config.rollout.max_response_tokens:,} per model call",
+        f"runs of the whole        {runs * config.num_steps:,}",
+        f"warm-up                  {config.warmup.num_steps:,} steps of imitation",
+    ]
+    return "\n".join(lines)
+
+
+def _train_on(
+    run: _Run,
+    state: learner.TrainState,
+    groups: Groups,
+    reference: learner.Params | None,
+    clock: _Clock,
+) -> tuple[learner.TrainState, list[list[credit.ScoredTrajectory]], dict[str, float]]:
+    """Credit, batch, update. A step without anything to train on leaves the state as it is."""
+    config = run.config
+    scored, numbers = credit.score_trajectories(groups, run.rules)
+    sequences = training_sequences(scored)
+    if not sequences:
+        _logger.warning("Step %d has nothing to train on: every run was dropped.", int(state.step))
+        return state, scored, numbers | {"batching/trained_tokens": 0}
+    weights, normaliser = losses.aggregation_weights(
+        [int(s.is_scored.sum()) for s in sequences],
+        config.loss.aggregation,
+        config.loss.aggregation_constant,
+    )
+    batch, report = batching.batch_sequences(
+        sequences,
+        row_length=config.batching.row_length,
+        rows_multiple=config.batching.rows_per_microbatch,
+        scored_per_row=config.batching.scored_per_row or config.batching.row_length,
+        sample_weights=weights,
+        normaliser=normaliser,
+        share_prefixes=config.batching.share_prefixes,
+    )
+    clock.lap("batch_s")
+    if reference is not None:
+        batch = batch._replace(ref_logprobs=run.learner.score(reference, batch))
+    state, update_metrics = run.learner.update(state, batch)
+    clock.lap("update_s")
+    return state, scored, numbers | report.metrics() | update_metrics
+
+
+def _reference(run: _Run, store: checkpoints.Checkpoints) -> learner.Params | None:
+    """Parameters of the reference model, step 0, if the loss has a KL term."""
+    if not run.config.loss.kl_coef:
+        return None
+    store.wait()
+    shapes = jax.eval_shape(run.learner.init_state).params
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        run.learner.param_shardings,
+    )
+    return store.restore_params(0, like)
+
+
+def _copy(params: learner.Params) -> learner.Params:
+    """Parameters of their own for the sampler: the next update gives the state's buffers away."""
+    return jax.tree.map(jnp.copy, params)
+
+
+class _Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap took so long."""
+        now = time.perf_counter()
+        self._laps[f"time/{name}"], self._last = now - self._last, now
+
+    def metrics(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """The laps, the whole step, and trained tokens per second."""
+        total = time.perf_counter() - self._start
+        rate = numbers["batching/trained_tokens"] / total
+        return self._laps | {"time/step_s": total, "time/tokens_per_s": rate}
+
+
+def _claim(folder: pathlib.Path, config: ConfigDict) -> None:
+    """Write config.json, unless the workdir belongs to a run with another config."""
+    path = folder / "config.json"
+    resolved = json.loads(config.to_json_best_effort())
+    if path.exists():
+        found = json.loads(path.read_text())
+        different = [
+            key
+            for key in sorted(set(_flatten(resolved).items()) ^ set(_flatten(found).items()))
+            if key[0].split(".")[0] not in _FREE_KEYS
+        ]
+        if different:
+            names = ", ".join(sorted({key for key, _ in different}))
+            raise validation.ConfigError(
+                f"--workdir {folder} holds a run with other values of {names}; go on with the "
+                "config it began with (its config.json), or give a new workdir."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Leaves by dotted key, as JSON."""
+    if not isinstance(tree, dict):
+        return {prefix: json.dumps(tree)}
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,277 @@
+"""The in-process sampler: what it returns is what the model says, whatever else it is doing."""
+
+import asyncio
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from codjax import models, types
+from codjax.rollout import decoding, engine, sampler
+
+CONFIG = models.DecoderConfig(
+    vocab_size=23,
+    num_layers=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    init_std=0.3,
+    embedding_std=0.5,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.init(CONFIG, seed=0)
+
+
+def make_engine(model, **changes):
+    graphdef, variables = nnx.split(model)
+    cached = decoding.CachedModel(
+        init_cache=lambda rows, length: models.init_cache(CONFIG, rows, length),
+        extend=lambda weights, *args: models.extend(nnx.merge(graphdef, weights), *args),
+        unembedding=lambda weights: nnx.merge(graphdef, weights).unembedding,
+        score=lambda weights, tokens: models.score_rows(graphdef, weights, tokens),
+    )
+    sizes = {
+        "num_slots": 4,
+        "max_tokens": 40,
+        "prefill_chunks": (4, 8),
+        "prefill_rows": 3,
+        "decode_steps": 3,
+        "min_shared_prefix": 4,
+    }
+    made = engine.Engine(cached, **(sizes | changes))
+    made.load_weights(nnx.to_pure_dict(variables), policy_version=7)
+    return made
+
+
+def params(**changes):
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 10, "stop_tokens": (5,)}
+    return sampler.SamplingParams(**(plain | changes))
+
+
+def prompts(count, *, seed=0, low=3, high=20):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(6, 23, rng.integers(low, high)).astype(np.int32) for _ in range(count)]
+
+
+def generate(made, requests):
+    async def run():
+        return await asyncio.gather(*(made.generate(p, a, seed=s) for p, a, s in requests))
+
+    return asyncio.run(run())
+
+
+def test_logprobs_are_those_of_the_model(model):
+    made = make_engine(model)
+    requests = [(p, params(), i) for i, p in enumerate(prompts(9))]
+
+    for (prompt, _, _), answer in zip(requests, generate(made, requests), strict=True):
+        tokens = np.concatenate([prompt, answer.tokens])
+        expected = np.asarray(models.score(model, tokens[None]))[0, len(prompt) - 1 :]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)
+        assert answer.policy_version == 7
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(model):
+    requests = [(p, params(), i) for i, p in enumerate(prompts(12, seed=1))]
+    together = generate(make_engine(model, num_slots=5), requests)
+    alone = [generate(make_engine(model), [request])[0] for request in requests[:4]]
+
+    for one, other in zip(together[:4], alone, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_equal_rollouts_are_equal_bit_for_bit(model):
+    requests = [(p, params(), i) for i, p in enumerate(prompts(12, seed=2))]
+    first = generate(make_engine(model), requests)
+    second = generate(make_engine(model), requests)
+
+    for one, other in zip(first, second, strict=True):
+        assert one.tokens.tobytes() == other.tokens.tobytes()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+
+
+def test_another_seed_gives_another_answer(model):
+    prompt = prompts(1)[0]
+    answers = generate(make_engine(model), [(prompt, params(), seed) for seed in range(8)])
+    assert len({answer.tokens.tobytes() for answer in answers}) > 4
+
+
+def test_the_next_turn_feeds_only_what_is_new(model):
+    made = make_engine(model)
+    prompt = prompts(1, low=15, high=16)[0]
+    answer = generate(made, [(prompt, params(max_tokens=5, stop_tokens=()), 0)])[0]
+    fed = made.stats["fed_tokens"]
+    longer = np.concatenate([prompt, answer.tokens, prompts(1, seed=5, low=4, high=5)[0]])
+
+    follow_up = generate(made, [(longer, params(), 1)])[0]
+
+    # The last sampled token was never fed, nor is the last token of a prompt.
+    assert made.stats["fed_tokens"] - fed == 4
+    fresh = generate(make_engine(model), [(longer, params(), 1)])[0]
+    assert follow_up.tokens.tolist() == fresh.tokens.tolist()
+    np.testing.assert_allclose(follow_up.logprobs, fresh.logprobs, atol=1e-5)
+
+
+def test_a_group_shares_its_first_prompt(model):
+    made = make_engine(model)
+    prompt = prompts(1, low=18, high=19)[0]
+    answers = generate(made, [(prompt, params(), seed) for seed in range(4)])
+
+    assert made.stats["fed_tokens"] == 17  # once, but for the last token
+    for seed, answer in enumerate(answers):
+        alone = generate(make_engine(model), [(prompt, params(), seed)])[0]
+        assert answer.tokens.tolist() == alone.tokens.tolist()
+
+
+def test_new_weights_forget_what_was_cached(model):
+    made = make_engine(model)
+    prompt = prompts(1, low=15, high=16)[0]
+    generate(made, [(prompt, params(), 0)])
+    other = models.init(CONFIG, seed=1)
+    made.load_weights(nnx.to_pure_dict(nnx.split(other)[1]), policy_version=8)
+
+    answer = generate(made, [(prompt, params(), 0)])[0]
+
+    fresh = generate(make_engine(other), [(prompt, params(), 0)])[0]
+    assert answer.tokens.tolist() == fresh.tokens.tolist()
+    assert answer.policy_version == 8
+
+
+def test_how_an_answer_ends(model):
+    stopped, cut = generate(
+        make_engine(model),
+        [
+            (prompts(1)[0], params(stop_tokens=tuple(range(4)), temperature=5.0, max_tokens=20), 3),
+            (prompts(1)[0], params(stop_tokens=(), max_tokens=6), 0),
+        ],
+    )
+    assert stopped.stop_reason is types.StopReason.STOP_TOKEN
+    assert stopped.tokens[-1] in range(4)
+    assert not set(stopped.tokens[:-1].tolist()) & set(range(4))
+    assert cut.stop_reason is types.StopReason.LENGTH
+    assert len(cut.tokens) == 6
+
+
+def test_greedy_takes_the_most_probable_token(model):
+    prompt = prompts(1)[0]
+    answer = generate(make_engine(model), [(prompt, params(temperature=0.0, stop_tokens=()), 0)])[0]
+    tokens = prompt
+    for token in answer.tokens:
+        candidates = np.stack([np.append(tokens, v) for v in range(23)])
+        assert int(np.asarray(models.score(model, candidates))[:, -1].argmax()) == token
+        tokens = np.append(tokens, token)
+
+
+def sampled_frequencies(logits, count=4000, **changes):
+    rows = np.tile(np.asarray(logits, np.float32), (count, 1))
+    slots = engine._idle_slots(count)
+    for name, value in changes.items():
+        getattr(slots, name)[:] = value
+    slots.is_active[:] = True
+    slots.seed[:] = np.arange(count)
+    tokens, logprobs = decoding.sample(
+        jax.numpy.asarray(rows), jax.tree.map(jax.numpy.asarray, slots), use_filter=True
+    )
+    return np.bincount(np.asarray(tokens), minlength=len(logits)) / count, np.asarray(logprobs)
+
+
+def test_temperature_top_k_and_top_p_draw_from_what_they_leave():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = np.log(probabilities)
+
+    plain, logprobs = sampled_frequencies(logits)
+    np.testing.assert_allclose(plain, probabilities, atol=0.03)
+    assert set(np.exp(logprobs).round(3).astype(str)) == {"0.5", "0.3", "0.15", "0.05"}
+
+    hot, _ = sampled_frequencies(logits, temperature=2.0)
+    np.testing.assert_allclose(
+        hot, probabilities**0.5 / (probabilities**0.5).sum(), atol=0.03
+    )
+
+    top_k, _ = sampled_frequencies(logits, top_k=2)
+    np.testing.assert_allclose(top_k, [0.625, 0.375, 0, 0], atol=0.03)
+
+    top_p, _ = sampled_frequencies(logits, top_p=0.6)
+    np.testing.assert_allclose(top_p, [0.625, 0.375, 0, 0], atol=0.03)
+
+    only_one, _ = sampled_frequencies(logits, top_p=1e-6)
+    assert only_one.tolist() == [1, 0, 0, 0]
+
+
+def test_score_is_the_models_own(model):
+    tokens = prompts(1, low=19, high=20)[0]
+    scored = asyncio.run(make_engine(model).score(tokens))
+    np.testing.assert_allclose(scored, np.asarray(models.score(model, tokens[None]))[0], atol=1e-5)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_alone(model):
+    made = make_engine(model)
+
+    async def run():
+        return await asyncio.gather(
+            made.generate(np.arange(6, 20, dtype=np.int32), params(), seed=0),
+            made.generate(np.full(35, 7, np.int32), params(), seed=0),
+            return_exceptions=True,
+        )
+
+    good, bad = asyncio.run(run())
+    assert isinstance(good, sampler.Generation)
+    assert isinstance(bad, sampler.PromptTooLongError)
+    assert "engine.max_tokens = 40" in str(bad)
+
+
+def test_a_caller_that_leaves_disturbs_nobody(model):
+    made = make_engine(model)
+
+    async def run():
+        leaves = asyncio.create_task(made.generate(prompts(1)[0], params(), seed=0))
+        stays = asyncio.create_task(made.generate(prompts(1)[0], params(), seed=1))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        return await stays
+
+    answer = asyncio.run(run())
+    expected = generate(make_engine(model), [(prompts(1)[0], params(), 1)])[0]
+    assert answer.tokens.tolist() == expected.tokens.tolist()
+
+
+def test_many_turns_over_few_slots(model):
+    made = make_engine(model, num_slots=3)
+
+    async def episode(index):
+        tokens = prompts(1, seed=index, low=3, high=6)[0]
+        for turn in range(3):
+            answer = await made.generate(tokens, params(max_tokens=4), seed=10 * index + turn)
+            tokens = np.concatenate([tokens, answer.tokens, tokens[:2]])
+        return tokens
+
+    async def run():
+        return await asyncio.gather(*(episode(i) for i in range(8)))
+
+    crowded = asyncio.run(run())
+    made = make_engine(model, num_slots=1)
+    assert [t.tolist() for t in crowded[:2]] == [
+        asyncio.run(episode(i)).tolist() for i in range(2)
+    ]
+
+
+def test_nothing_is_compiled_twice(model):
+    made = make_engine(model)
+    generate(made, [(p, params(), i) for i, p in enumerate(prompts(6))])
+    sizes = (made._prefill._cache_size(), made._decode._cache_size())
+    generate(made, [(p, params(), i) for i, p in enumerate(prompts(9, seed=3))])
+    assert made._decode._cache_size() == sizes[1] == 1
+    assert made._prefill._cache_size() <= 2  # one per chunk length

@@ -1,0 +1,247 @@
+"""One update: forests, micro-batches and devices change nothing; what has weight 0 counts nothing."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from codjax import batching, learner, losses, models, sharding, types
+
+CONFIG = models.DecoderConfig(
+    vocab_size=24,
+    num_layers=2,
+    hidden_size=16,
+    intermediate_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    init_std=0.3,
+    embedding_std=0.5,
+    dtype="float32",
+    param_dtype="float32",
+    remat="full",
+)
+
+
+def objective(**changes):
+    policy_loss = functools.partial(losses.rec_loss, clip_mode="one_side", weight_mode="importance")
+    return learner.Objective(**({"policy_loss": policy_loss, "temperature": 1.0} | changes))
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1),
+        sharding.MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:1],
+    )
+
+
+def make_learner(*, rows=2, mesh=None, optimizer=None, **changes):
+    return learner.Learner(
+        models.init(CONFIG, seed=0),
+        optimizer=optimizer or optax.adamw(1e-2, weight_decay=0.01),
+        schedule=optax.constant_schedule(1e-2),
+        objective=objective(**changes),
+        mesh=mesh or one_device(),
+        rows_per_microbatch=rows,
+    )
+
+
+def family(seed, count=14):
+    """Sequences that share prefixes: each new one branches off an old one, or begins afresh."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(1, 24, 6)]
+    while len(texts) < count:
+        old = texts[rng.integers(len(texts))]
+        keep = rng.integers(0, len(old))
+        texts.append(np.concatenate([old[:keep], rng.integers(1, 24, rng.integers(2, 9))]))
+    made = []
+    for tokens in texts:
+        is_scored = rng.random(len(tokens)) < 0.6
+        is_scored[0], is_scored[-1] = False, True
+        made.append(
+            types.Sequence(
+                tokens=tokens.astype(np.int32),
+                is_scored=is_scored,
+                advantages=rng.normal(size=len(tokens)).astype(np.float32),
+                sampler_logprobs=rng.normal(-3, 0.2, len(tokens)).astype(np.float32),
+            )
+        )
+    return made
+
+
+def loss_and_grads(batch, **options):
+    made = make_learner(**options)
+    state = made.init_state()
+    loss, grads, metrics = made.loss_and_grads(state.params, batch)
+    return loss, jax.device_get(grads), metrics
+
+
+def assert_same(one, other, rtol=1e-5):
+    """Loss, metrics, and every gradient leaf relative to its own size."""
+    assert one[0] == pytest.approx(other[0], rel=rtol)
+    for name, value in one[2].items():
+        assert value == pytest.approx(other[2][name], rel=1e-4, abs=1e-6), name
+    leaves = zip(jax.tree.leaves(one[1]), jax.tree.leaves(other[1]), strict=True)
+    for a, b in leaves:
+        assert np.linalg.norm(a - b) <= rtol * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_forest_trains_as_every_sequence_alone(seed):
+    sequences = family(seed)
+    forest, report = batching.batch_sequences(sequences, row_length=64, rows_multiple=2)
+    plain, plain_report = batching.batch_sequences(
+        sequences, row_length=24, rows_multiple=2, share_prefixes=False
+    )
+    assert report.stored_tokens < 0.9 * plain_report.stored_tokens
+
+    changes = {"entropy_coef": 0.1}
+    assert_same(loss_and_grads(forest, **changes), loss_and_grads(plain, **changes))
+
+
+def test_sequence_level_ratios_survive_the_forest_too():
+    policy_loss = functools.partial(
+        losses.rec_loss, clip_mode="sequence_one_side", weight_mode="sequence"
+    )
+    sequences = family(5)
+    forest = batching.build_batch(sequences, 64)
+    plain = batching.build_batch(sequences, 24, share_prefixes=False)
+    plain = pad_rows(plain, 16)
+    assert_same(
+        loss_and_grads(forest, rows=forest.tokens.shape[0], policy_loss=policy_loss),
+        loss_and_grads(plain, rows=16, policy_loss=policy_loss),
+    )
+
+
+def pad_rows(batch, multiple):
+    missing = -batch.tokens.shape[0] % multiple
+    return jax.tree.map(
+        lambda x: np.pad(x, [(0, missing), (0, 0)]) if np.ndim(x) else x, batch
+    )._replace(
+        subtree_end=np.concatenate(
+            [
+                batch.subtree_end,
+                np.tile(np.arange(1, batch.tokens.shape[1] + 1, dtype=np.int32), (missing, 1)),
+            ]
+        )
+    )
+
+
+def test_micro_batched_is_whole():
+    batch = batching.build_batch(family(1), 24, num_rows=12)
+    whole = loss_and_grads(batch, rows=12, entropy_coef=0.1)
+    for rows in (1, 2, 4):
+        assert_same(loss_and_grads(batch, rows=rows, entropy_coef=0.1), whole)
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_eight_devices_are_one(axes):
+    data, fsdp, tensor = axes
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    batch = batching.build_batch(family(2), 24, num_rows=8)
+    options = {"rows": 8, "entropy_coef": 0.1}
+    assert_same(
+        loss_and_grads(batch, mesh=mesh, **options), loss_and_grads(batch, **options), rtol=2e-5
+    )
+
+
+def test_sharded_updates_are_unsharded_updates():
+    batch = batching.build_batch(family(2), 24, num_rows=8)
+    params = []
+    for mesh in (None, sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        # SGD, since Adam divides noise by noise where a gradient is zero.
+        made = make_learner(rows=8, mesh=mesh, optimizer=optax.sgd(0.1, momentum=0.9))
+        state = made.init_state()
+        for _ in range(3):
+            state, _ = made.update(state, batch)
+        params.append(jax.device_get(state.params))
+    for a, b in zip(jax.tree.leaves(params[0]), jax.tree.leaves(params[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_second_update_compiles_nothing():
+    made = make_learner(rows=2)
+    state = made.init_state()
+    state, _ = made.update(state, batching.build_batch(family(1), 32, 4, scored_per_row=32))
+    compiled = made.num_compilations()
+    for seed in range(3):
+        more = batching.build_batch(family(seed), 32, 6, scored_per_row=32)
+        state, _ = made.update(state, more)
+    assert made.num_compilations() == compiled
+    assert int(state.step) == 4
+
+
+def test_zero_advantage_without_decay_moves_no_weight():
+    made = make_learner(rows=4, optimizer=optax.adamw(1e-2, weight_decay=0.0))
+    state = made.init_state()
+    before = jax.device_get(state.params)
+    batch = batching.build_batch(family(3), 32, 4)
+    state, metrics = made.update(state, batch._replace(advantages=np.zeros_like(batch.advantages)))
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(a, np.asarray(b))
+    assert metrics["optimizer/grad_norm"] == 0
+
+
+def test_what_stands_on_padding_entries_changes_nothing():
+    batch = batching.build_batch(family(4), 32, 4, scored_per_row=64)
+    is_padding = np.asarray(batch.weights) == 0
+    assert is_padding.any()
+    poisoned = batch._replace(
+        advantages=np.where(is_padding, np.nan, batch.advantages).astype(np.float32),
+        sampler_logprobs=np.where(is_padding, np.inf, batch.sampler_logprobs).astype(np.float32),
+        target=np.where(is_padding, 23, batch.target).astype(np.int32),
+        source=np.where(is_padding, 31, batch.source).astype(np.int32),
+    )
+    options = {"rows": 4, "entropy_coef": 0.1}
+    assert_same(loss_and_grads(poisoned, **options), loss_and_grads(batch, **options), rtol=1e-7)
+
+
+def test_kl_to_the_reference_is_zero_at_the_reference():
+    made = make_learner(rows=4, kl_coef=1.0)
+    state = made.init_state()
+    batch = batching.build_batch(family(3), 32, 4)
+    batch = batch._replace(
+        ref_logprobs=made.score(state.params, batch), advantages=np.zeros_like(batch.advantages)
+    )
+    loss, grads, metrics = made.loss_and_grads(state.params, batch)
+    assert loss == pytest.approx(0, abs=1e-7)
+    assert metrics["loss/kl_policy_to_ref"] == pytest.approx(0, abs=1e-7)
+    assert max(float(np.abs(g).max()) for g in jax.tree.leaves(jax.device_get(grads))) < 1e-5
+
+
+def test_imitation_is_the_mean_negative_log_likelihood():
+    sequences = family(6)
+    batch = batching.build_batch(sequences, 32, 4)
+    made = make_learner(rows=4)
+    state = made.init_state()
+    batch = batch._replace(advantages=np.ones_like(batch.advantages))
+    logprobs = made.score(state.params, batch)
+    expected = -np.sum(logprobs * batch.weights) / batch.num_scored
+    imitator = make_learner(rows=4, policy_loss=learner.imitation_objective().policy_loss)
+    assert imitator.loss_and_grads(state.params, batch)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    made = make_learner(rows=4)
+    with pytest.raises(ValueError, match="batching.rows_per_microbatch = 4"):
+        made.update(made.init_state(), batching.build_batch(family(1), 64, 3))
+
+
+def test_the_state_lies_where_its_parameters_lie():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    made = make_learner(rows=8, mesh=mesh)
+    state = made.init_state()
+    placed = {
+        str(leaf.sharding.spec)
+        for leaf in jax.tree.leaves(state.opt_state)
+        if leaf.ndim > 1
+    }
+    expected = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1}
+    assert placed == expected

@@ -1,0 +1,161 @@
+"""Sharded over eight virtual devices = unsharded; sizes that do not divide are errors."""
+
+import dataclasses
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from codjax import logprobs, models, sharding, types
+
+CONFIG = models.DecoderConfig(
+    vocab_size=32,
+    num_layers=2,
+    hidden_size=16,
+    intermediate_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    init_std=0.3,
+    embedding_std=0.5,
+    dtype="float32",
+    param_dtype="float32",
+    remat="full",
+)
+
+
+def abstract(config):
+    """The model without values."""
+    return nnx.eval_shape(lambda: models.init(config, 0))
+
+
+def token_batch(num_rows, num_tokens, num_scored):
+    rng = np.random.default_rng(0)
+    shape, scored = (num_rows, num_tokens), (num_rows, num_scored)
+    zeros = np.zeros(scored, np.float32)
+    return types.TokenBatch(
+        tokens=rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32),
+        token_positions=np.broadcast_to(np.arange(num_tokens, dtype=np.int32), shape),
+        subtree_end=np.full(shape, num_tokens, np.int32),
+        source=rng.integers(0, num_tokens, scored).astype(np.int32),
+        target=rng.integers(0, CONFIG.vocab_size, scored).astype(np.int32),
+        sampler_logprobs=zeros,
+        ref_logprobs=zeros,
+        advantages=rng.normal(size=scored).astype(np.float32),
+        weights=np.ones(scored, np.float32),
+        sample_ids=np.zeros(scored, np.int32),
+        normaliser=np.float32(num_rows * num_scored),
+        num_scored=np.int32(num_rows * num_scored),
+    )
+
+
+def loss_function(graphdef, constrain):
+    def loss(params, batch):
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch.tokens, batch.token_positions, batch.subtree_end, constrain=constrain)
+        scores, entropy = logprobs.scored_logprobs(
+            hidden, model.unembedding, batch.source, batch.target, chunk_size=16
+        )
+        total = jnp.sum(batch.advantages * scores + 0.1 * entropy) / batch.normaliser
+        return total, (hidden, scores)
+
+    return jax.value_and_grad(loss, has_aux=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
+def test_sharded_equals_unsharded(shape, monkeypatch):
+    monkeypatch.setattr("codjax_kernels.xla.SINGLE_CHUNK_LOGITS", 0)
+    mesh = sharding.make_mesh(*shape)
+    model = models.init(CONFIG, seed=0)
+    graphdef, state = nnx.split(model)
+    params, batch = nnx.to_pure_dict(state), token_batch(8, 10, 6)
+    alone = jax.jit(loss_function(graphdef, lambda x, axes: x))(params, batch)
+    shardings = sharding.param_shardings(model, mesh)
+    run = jax.jit(
+        loss_function(graphdef, sharding.constrain(mesh)), out_shardings=(None, shardings)
+    )
+    split = run(
+        jax.device_put(params, shardings), jax.device_put(batch, sharding.batch_shardings(mesh))
+    )
+    assert jax.tree.structure(alone) == jax.tree.structure(split)
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    hidden = split[0][1][0]
+    assert hidden.sharding.shard_shape(hidden.shape)[0] == 8 // (shape[0] * shape[1])
+
+
+def test_parameters_lie_as_the_rules_say():
+    mesh = sharding.make_mesh(2, 2, 2)
+    shardings = sharding.param_shardings(abstract(CONFIG), mesh)
+    assert shardings["embedding"].spec == PartitionSpec(("tensor",), ("fsdp",))
+    assert shardings["layers"]["query"].shard_shape((2, 16, 4, 8)) == (2, 8, 2, 8)
+    assert shardings["layers"]["down"].shard_shape((2, 32, 16)) == (2, 16, 8)
+    assert shardings["final_norm"].shard_shape((16,)) == (16,)
+
+
+def test_sharded_init_and_load_equal_plain_ones(tmp_path):
+    mesh = sharding.make_mesh(2, 2, 2)
+    model = models.init(CONFIG, 0)
+    shardings = sharding.param_shardings(model, mesh)
+
+    def fresh():
+        return nnx.to_pure_dict(nnx.state(models.init(CONFIG, 0)))
+
+    made = jax.jit(fresh, out_shardings=shardings)()
+    models.save_pretrained(model, tmp_path)
+    loaded = models.from_pretrained(tmp_path, place=sharding.place(mesh))
+    read = nnx.to_pure_dict(nnx.state(loaded))
+    for tree in (made, read):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), tree, fresh())
+        assert jax.tree.map(lambda x: x.sharding, tree) == shardings
+
+
+def test_batch_rows_are_cut_and_numbers_are_not():
+    shardings = sharding.batch_shardings(sharding.make_mesh(2, 2, 2))
+    assert shardings.tokens.shard_shape((8, 10)) == (2, 10)
+    assert shardings.advantages.shard_shape((8, 6)) == (2, 6)
+    assert shardings.num_scored.shard_shape(()) == ()
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert not doctest.testmod(sharding).failed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2, 2, 1), r"must be the number of devices, 8; got mesh.data = 2, mesh.fsdp = 2, mesh.t"),
+        ((-1, 3, 1), r"must divide the number of devices, 8; got mesh.data = -1, mesh.fsdp = 3"),
+        ((-1, -1, 1), "one of them may be -1"),
+        ((0, 8, 1), "must be at least 1"),
+    ],
+)
+def test_mesh_that_does_not_fit_names_its_keys(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(*sizes)
+
+
+def test_axis_that_does_not_divide_names_axis_size_and_key():
+    mesh = sharding.make_mesh(1, 2, 4)
+    with pytest.raises(
+        ValueError, match=r"axis 'kv_heads' of size 2 must divide by mesh.tensor = 4"
+    ):
+        sharding.param_shardings(abstract(CONFIG), mesh)
+    odd = dataclasses.replace(CONFIG, num_kv_heads=4, hidden_size=15)
+    with pytest.raises(ValueError, match=r"axis 'embed' of size 15 must divide by mesh.fsdp = 2"):
+        sharding.param_shardings(abstract(odd), mesh)
+    with pytest.raises(ValueError, match=r"'batch' of size 5 must divide by mesh.data \* mesh.fsd"):
+        sharding.check_divisible({"batch": 5}, mesh.shape)
+
+
+def test_every_logical_axis_has_a_rule():
+    axes = jax.tree.leaves(models.logical_axes(abstract(CONFIG)))
+    assert set(axes) <= set(sharding.RULES)
