@@ -25,7 +25,7 @@ class TaskSet:
 
     Attributes:
         name: its key in `config.tasksets`.
-        taskset_id: its position there, part of the pack seeds.
+        taskset_id: its position among the sorted names there, part of the pack seeds.
         env: name of its environment.
         settings: of the environment.
         records: its rows.
@@ -61,7 +61,7 @@ class TaskSet:
 
 def load_tasksets(config: ConfigDict, names: Sequence[str]) -> dict[str, TaskSet]:
     """The named task sets, in the order given."""
-    ids = {name: index for index, name in enumerate(config.tasksets)}
+    ids = {name: index for index, name in enumerate(sorted(config.tasksets))}
     return {
         name: TaskSet(
             name=name,

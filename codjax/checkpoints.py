@@ -17,10 +17,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from codjax import learner
+from codjax import checks, learner
 
 
-class CheckpointError(Exception):
+class CheckpointError(checks.ConfigError):
     """A checkpoint that was asked for is not there."""
 
 

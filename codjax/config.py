@@ -101,6 +101,9 @@ def taskset(
 ) -> ConfigDict:
     """One entry of `config.tasksets`.
 
+    The position of its name among the sorted names is part of the pack seeds: to add or rename a
+    task set may give others new hidden worlds.
+
     Args:
         env: name of an environment.
         split: "train" or "test".

@@ -70,7 +70,7 @@ class Evaluator:
                 found[name] = self._run_entry(entry, [], blanks_hints=True)
             else:
                 found[name] = plain[twin] = self._run_entry(entry, [])
-        return {name: found[name] for name in matrix}
+        return {name: found[name] for name in entry_names(self.config)}
 
     def _run_entry(
         self,
@@ -148,7 +148,14 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     report["ladder"] = _ladders(config)
     _write(pathlib.Path(workdir), report, runs)
     show(report)
+    _show_packs(runs)
     return report
+
+
+def entry_names(config: ConfigDict) -> list[str]:
+    """Names of the matrix in the order of reports: undisturbed entries, then controls."""
+    matrix = config.evaluation.matrix
+    return sorted(matrix, key=lambda name: (matrix[name].condition != "none", name))
 
 
 def entry_packs(entry: ConfigDict, taskset: build.TaskSet) -> list[types.Pack]:
@@ -210,7 +217,7 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
 
 def show(report: Mapping[str, Any]) -> None:
     """Print the report as a table: a line per checkpoint and entry, a column per position."""
-    sources = {"base model": report["base"]} if "base" in report else {}
+    sources = {"base": report["base"]} if "base" in report else {}
     sources["trained" if sources else report["checkpoint"]] = report
     num_positions = max(
         len(entry["positions"]) for source in sources.values() for entry in _entries(source)
@@ -218,14 +225,14 @@ def show(report: Mapping[str, Any]) -> None:
     table = rich.table.Table(title=f"Mean reward by position ({report['checkpoint']})")
     table.add_column("")
     for position in range(num_positions):
-        table.add_column(f"position {position}", justify="right")
+        table.add_column(f"pos {position}", justify="right")
     for label, source in sources.items():
         for name, entry in source["tasksets"].items():
-            cells = [f"{p['reward']:.3f} ± {p['reward_ci95']:.3f}" for p in entry["positions"]]
+            cells = [f"{p['reward']:.3f}±{p['reward_ci95']:.3f}" for p in entry["positions"]]
             table.add_row(f"{label}: {name}", *cells)
-    for name, players in report["ladder"].items():
+    for players in report["ladder"].values():
         for player, values in players.items():
-            table.add_row(f"exact, {player}: {name}", *(f"{value:.3f}" for value in values))
+            table.add_row(f"exact: {player}", *(f"{value:.3f}" for value in values))
     rich.console.Console().print(table)
 
 
@@ -242,6 +249,15 @@ def pack_text(trajectory: types.Trajectory) -> str:
         else:
             lines.append(f"          new hint {e.hint_out}")
     return "\n".join(lines)
+
+
+def _show_packs(runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]]) -> None:
+    """Print the first pack of the first entry, before and after."""
+    console = rich.console.Console()
+    for label, entries in reversed(runs.items()):
+        name, trajectories = next(iter(entries.items()))
+        console.print(f"\nThe first pack of {name}, {label}:")
+        console.print(pack_text(trajectories[0]), markup=False, highlight=False)
 
 
 def _candidates(
@@ -331,7 +347,8 @@ def _entries(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _ladders(config: ConfigDict) -> dict[str, dict[str, list[float]]]:
     """Exact rewards of reference players, for the undisturbed entries where they are known."""
     found = {}
-    for name, entry in config.evaluation.matrix.items():
+    for name in entry_names(config):
+        entry = config.evaluation.matrix[name]
         if entry.condition == "none" and entry.mode == "cod":
             taskset = config.tasksets[entry.taskset]
             exact = ladder.LADDERS.get(taskset.env)

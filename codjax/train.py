@@ -50,8 +50,9 @@ Groups = list[list[types.Trajectory]]
 
 _logger = logging.getLogger(__name__)
 
-# Keys that may change between two starts of the same run: they move no number of a step.
-_FREE_KEYS = ("num_steps", "checkpoint", "evaluation", "metrics")
+# Keys that may change between two starts of the same run: they move no number of a step
+# (`num_steps` does, when the learning rate decays towards the last one).
+_FREE_KEYS = ("checkpoint", "evaluation", "metrics")
 
 
 def main(config: ConfigDict, workdir: str) -> None:
@@ -272,7 +273,12 @@ def sample_step(run: _Run, step: int) -> Groups:
             len(drawn.tasks),
             config.packs.size,
         )
-    step_packs = packs.make_packs(drawn.tasks, **rules, epoch=drawn.epochs)
+    # The id in the config, not in `rollout.tasksets`: no pack of a test set gets a training seed.
+    tasks = [
+        dataclasses.replace(task, taskset_id=run.tasksets[task.taskset].taskset_id)
+        for task in drawn.tasks
+    ]
+    step_packs = packs.make_packs(tasks, **rules, epoch=drawn.epochs)
     return asyncio.run(
         runner.run_packs(
             step_packs,
@@ -416,12 +422,13 @@ def _claim(folder: pathlib.Path, config: ConfigDict) -> None:
     """Write config.json, unless the workdir belongs to a run with another config."""
     path = folder / "config.json"
     resolved = json.loads(config.to_json_best_effort())
+    is_free = set(_FREE_KEYS) | ({"num_steps"} if config.optimizer.schedule == "constant" else set())
     if path.exists():
         found = json.loads(path.read_text())
         different = [
             key
             for key in sorted(set(_flatten(resolved).items()) ^ set(_flatten(found).items()))
-            if key[0].split(".")[0] not in _FREE_KEYS
+            if key[0].split(".")[0] not in is_free
         ]
         if different:
             names = ", ".join(sorted({key for key, _ in different}))

@@ -18,10 +18,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:  # the rollout side reads records without loading JAX
+    import jax
 
 
 class EpisodeKind(enum.StrEnum):

@@ -4,17 +4,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh
+install_codjax ""
 
 workdir="${1:-runs/quickstart}"
 config="configs/quickstart.py"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 echo "== training: a warm-up by imitation, then reinforcement learning over packs"
-.venv/bin/codjax train --config="$config" --workdir="$workdir"
+$VENV/bin/codjax train --config="$config" --workdir="$workdir"
 echo "== evaluating: the trained agent, its warm-up, and two controls, on held-out packs"
-.venv/bin/codjax eval --config="$config" --workdir="$workdir"
-echo "== one pack before and after (more in $workdir/eval_packs.txt)"
-.venv/bin/python scripts/show_packs.py "$workdir"
+$VENV/bin/codjax eval --config="$config" --workdir="$workdir"
 echo
 echo "plot:  $workdir/reward_by_position.png"
 echo "table: $workdir/eval.json"
+echo "packs to read: $workdir/eval_packs.txt and $workdir/trajectories/"

@@ -363,13 +363,13 @@ def test_a_compact_update_extends_the_tokens_of_the_solve_episode(max_response_t
     solved = solve(
         sampler_of("a", SYMBOLS)[0],
         env=env,
-        hint="????",
+        hint="aR",
         max_response_tokens=max_response_tokens,
         **compact,
     )
     last = solved.episode.turns[-1]
     played = np.concatenate([last.prompt_tokens, last.response_tokens])
     turn = update(solved, sampler_of("<U???>", SYMBOLS)[0], **compact).turns[0]
-    assert SYMBOLS.show(turn.prompt_tokens) == "^????:-La;c--a;L--a;R--+#"
+    assert SYMBOLS.show(turn.prompt_tokens) == "^aR:-La;c--a;L--a;R--+#"
     assert SYMBOLS.show(turn.response_tokens) == "<U???>;"
     np.testing.assert_array_equal(turn.prompt_tokens[: len(played)], played)

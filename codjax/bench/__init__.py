@@ -1,0 +1,132 @@
+"""The project's benchmarks: `codjax bench [NAME] [--output=FILE.json]`.
+
+    learner   seconds and memory of an update, against the trainers that one would write first
+    engine    the in-process sampler with and without prefix reuse
+    rollout   what the rollout layer itself costs per model call
+
+A benchmark is a function from its sizes, keyword arguments with defaults, to rows of a table. It
+runs its variants in turn, round after round, so that a busy machine hurts all of them alike, gives
+medians, and refuses to give any if the variants do not compute the same. docs/benchmarks.md holds
+measured tables and how to read them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import inspect
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import rich.console
+import rich.table
+
+from codjax.bench import rollouts, sampling, updates
+from codjax.bench.material import Row
+
+BENCHES: dict[str, Callable[..., list[Row]]] = {
+    "learner": updates.bench,
+    "engine": sampling.bench,
+    "rollout": rollouts.bench,
+}
+
+_PACKAGES = ("codjax", "jax", "jaxlib", "flax", "numpy", "optax")
+
+
+def main(name: str | None, output: str | None) -> dict[str, Any]:
+    """Runs one benchmark or all, prints their tables, and writes the numbers if asked to.
+
+    Args:
+        name: a key of `BENCHES`; None for all of them, one after the other.
+        output: JSON file to write; None for none.
+
+    Returns:
+        What the file holds: where and of what the numbers are, then sizes and rows by benchmark.
+    """
+    report: dict[str, Any] = circumstances() | {"benches": {}}
+    console = rich.console.Console()
+    for chosen in BENCHES if name is None else [name]:
+        rows = BENCHES[chosen]()
+        report["benches"][chosen] = {"sizes": _sizes(BENCHES[chosen]), "rows": rows}
+        console.print(table(chosen, rows))
+    if output is not None:
+        path = pathlib.Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def table(title: str, rows: Sequence[Row]) -> rich.table.Table:
+    """Rows as a table for people, one column a key."""
+    made = rich.table.Table(title=title)
+    for index, column in enumerate(rows[0]):
+        made.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        made.add_row(*map(_text, row.values()))
+    return made
+
+
+def circumstances() -> dict[str, Any]:
+    """What a number must be read with: command, date, commit, versions, machine and its load."""
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["codjax", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "device": f"{device.platform}: {device.device_kind}",
+            "load_average_at_start": os.getloadavg()[0],
+        },
+    }
+
+
+def _text(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _sizes(function: Callable[..., Any]) -> dict[str, Any]:
+    """The default of every argument, which is what `main` runs with."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, marked if it has changes; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        folder = pathlib.Path(__file__).parent
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + (" with uncommitted changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or installed from a wheel
+        return None
+
+
+def _processor() -> str:
+    """The processor's own name for itself, where Linux tells it."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
