@@ -58,7 +58,9 @@ def get_config():
     config.batching.scored_per_row = 256  # runs that agree share tokens, but each has its entries
     config.batching.rows_per_microbatch = 16
 
-    config.warmup.num_steps = 2000
+    config.warmup.num_steps = 2500
+    config.warmup.optimizer.warmup_steps = 50
+    config.warmup.optimizer.schedule = "cosine"
     config.checkpoint.every_steps = 50
 
     none = {"taskset": "lake_test", "pack_size": 4, "num_packs": 1024}

@@ -1,6 +1,7 @@
 """What was saved comes back bit for bit, on whatever devices, and half a checkpoint is none."""
 
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -203,7 +204,23 @@ def test_what_a_killed_process_left_is_not_seen_and_is_removed(made, tmp_path, o
 
     writer = opened()
     assert (writer.steps(), writer.latest_step()) == ([1], 1)
-    assert not half.exists()
-    writer.save(2, made.init_state(), LOOP)
+    writer.save(2, made.init_state(), LOOP)  # waits until the folder is clean
     writer.wait()
     assert writer.steps() == [1, 2]
+    assert sorted(path.name for path in half.parent.iterdir()) == ["1", "2"]
+
+
+def test_an_old_step_that_was_being_removed_disturbs_nobody(made, tmp_path, opened):
+    store = opened(keep=2)
+    for step in (0, 1, 2):
+        store.save(step, made.init_state(), LOOP | {"step": step})
+    store.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "params")
+
+    store = opened(keep=2)
+    assert store.restore(store.latest_step(), like(made))[1]["step"] == 2
+    for step in (3, 4):
+        store.save(step, made.init_state(), LOOP | {"step": step})
+    store.wait()
+    assert store.steps() == [0, 3, 4]
+    assert not (tmp_path / "checkpoints" / "1").exists()
