@@ -230,7 +230,7 @@ def _loop(
                 clock = _Clock()
                 groups = rollouts.take(step)
                 clock.lap("rollout_s")
-                if config.rollout.steps_ahead and step + 1 < config.num_steps:
+                if config.rollout.steps_ahead:  # at the last step too: the run may be extended
                     run.sampler.load_weights(_copy(state.params), policy_version=step)
                     rollouts.begin(step + 1)
                 state, scored, numbers = _train_on(run, state, groups, reference, clock)
@@ -320,6 +320,8 @@ def dry_run(config: ConfigDict) -> str:
     validation.validate(config)
     size = config.packs.size
     num_packs = config.rollout.tasks_per_step // size
+    if config.packs.pad_to_full:
+        num_packs = -(-config.rollout.tasks_per_step // size)
     if config.packs.mode == types.PackMode.RALPH_FULL:
         num_packs = config.rollout.tasks_per_step
     runs = num_packs * config.rollout.group_size
@@ -437,7 +439,9 @@ def _claim(folder: pathlib.Path, config: ConfigDict) -> None:
                 "config it began with (its config.json), or give a new workdir."
             )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)  # in one step: half of it would keep a killed run from going on
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, str]:
