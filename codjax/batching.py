@@ -16,12 +16,14 @@ Shifting by one (the hidden state of a token predicts the next) happens here and
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from codjax import types
+from codjax.types import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class BatchReport:
 
 
 def build_batch(
-    sequences: Seq[types.Sequence],
+    sequences: Iterable[Sequence],
     row_length: int,
     num_rows: int | None = None,
     *,
@@ -83,7 +85,7 @@ def build_batch(
 
 
 def batch_sequences(
-    sequences: Seq[types.Sequence],
+    sequences: Iterable[Sequence],
     *,
     row_length: int,
     num_rows: int | None = None,
@@ -114,14 +116,14 @@ def batch_sequences(
     Raises:
         ValueError: a sequence fits into no row, or the rows are too few.
 
-    >>> s = types.Sequence(
-    ...     tokens=np.array([5, 6, 7]), is_scored=np.array([False, True, True]),
-    ...     advantages=np.ones(3), sampler_logprobs=np.zeros(3))
+    >>> s = Sequence([5, 6, 7], [False, True, True], np.ones(3), np.zeros(3))
     >>> build_batch([s], row_length=4).target.tolist()
     [[6, 7]]
     """
-    for index, sequence in enumerate(sequences):
-        _check(index, sequence, row_length, scored_per_row)
+    sequences = [
+        _checked(index, sequence, row_length, scored_per_row)
+        for index, sequence in enumerate(sequences)
+    ]
     if sample_weights is None:
         sample_weights = np.ones(len(sequences), np.float32)
     kept = [i for i, sequence in enumerate(sequences) if sequence.is_scored.any()]
@@ -153,7 +155,7 @@ def batch_sequences(
     ), report
 
 
-def sequences_of(batch: types.TokenBatch) -> list[types.Sequence]:
+def sequences_of(batch: types.TokenBatch) -> list[Sequence]:
     """The samples of a batch, row by row, each up to its last scored token."""
     found = []
     for b in range(batch.tokens.shape[0]):
@@ -175,10 +177,21 @@ class _Row:
     common: int = 0  # prefix shared by the last member and the sequence now being placed
 
 
-def _check(
-    index: int, sequence: types.Sequence, row_length: int, scored_per_row: int | None
-) -> None:
-    num_tokens, num_scored = len(sequence.tokens), int(sequence.is_scored.sum())
+def _checked(
+    index: int, sequence: Sequence, row_length: int, scored_per_row: int | None
+) -> Sequence:
+    """The sequence as NumPy arrays of the right types, once it is known to fit into a row."""
+    made = Sequence(
+        tokens=np.asarray(sequence.tokens, np.int32),
+        is_scored=np.asarray(sequence.is_scored, bool),
+        advantages=np.asarray(sequence.advantages, np.float32),
+        sampler_logprobs=np.asarray(sequence.sampler_logprobs, np.float32),
+    )
+    fields = (made.is_scored, made.advantages, made.sampler_logprobs)
+    if made.tokens.ndim != 1 or any(field.shape != made.tokens.shape for field in fields):
+        shapes = [field.shape for field in (made.tokens, *fields)]
+        raise ValueError(f"the four fields of sequence {index} differ in length: {shapes}.")
+    num_tokens, num_scored = len(made.tokens), int(made.is_scored.sum())
     if num_tokens > row_length:
         raise ValueError(
             f"sequence {index} has {num_tokens} tokens, more than batching.row_length = "
@@ -189,12 +202,20 @@ def _check(
             f"sequence {index} has {num_scored} scored tokens, more than "
             f"batching.scored_per_row = {scored_per_row}. Raise batching.scored_per_row."
         )
-    if num_tokens and sequence.is_scored[0]:
+    if num_tokens and made.is_scored[0]:
         raise ValueError(f"sequence {index} scores its first token, which nothing predicts.")
+    if num_tokens and made.tokens.min() < 0:
+        raise ValueError(f"sequence {index} holds {made.tokens.min()}, which is no token id.")
+    trained = np.concatenate([made.advantages, made.sampler_logprobs])[np.tile(made.is_scored, 2)]
+    if not np.isfinite(trained).all():
+        raise ValueError(
+            f"sequence {index} has a scored token whose advantage or log-prob is not finite."
+        )
+    return made
 
 
 def _place(
-    sequences: Seq[types.Sequence],
+    sequences: Seq[Sequence],
     kept: list[int],
     row_length: int,
     scored_per_row: int | None,
@@ -262,7 +283,7 @@ def _write_row(
     batch: types.TokenBatch,
     b: int,
     row: _Row,
-    sequences: Seq[types.Sequence],
+    sequences: Seq[Sequence],
     sample_weights: np.ndarray,
 ) -> None:
     """Lay the members of a row out as a forest, depth first, with their scored entries."""
@@ -289,7 +310,7 @@ def _write_row(
     batch.subtree_end[b, path[:depth]] = num_nodes
 
 
-def _read_sample(batch: types.TokenBatch, b: int, entries: np.ndarray) -> types.Sequence:
+def _read_sample(batch: types.TokenBatch, b: int, entries: np.ndarray) -> Sequence:
     source, target = np.asarray(batch.source[b])[entries], np.asarray(batch.target[b])[entries]
     ends, tokens = np.asarray(batch.subtree_end[b]), np.asarray(batch.tokens[b])
     leaf = source[-1]
@@ -301,7 +322,7 @@ def _read_sample(batch: types.TokenBatch, b: int, entries: np.ndarray) -> types.
     is_scored[depth] = True
     advantages[depth] = np.asarray(batch.advantages[b])[entries]
     logprobs[depth] = np.asarray(batch.sampler_logprobs[b])[entries]
-    return types.Sequence(
+    return Sequence(
         tokens=np.append(tokens[path], target[-1]).astype(np.int32),
         is_scored=is_scored,
         advantages=advantages,

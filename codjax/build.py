@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from codjax import chat as chats
-from codjax import envs, learner, losses, models, optim, sharding, types
+from codjax import checks, envs, learner, losses, models, optim, sharding, types
 from codjax.rollout import decoding, engine, runner
 
 
@@ -81,19 +82,29 @@ def load_tasksets(config: ConfigDict, names: Sequence[str]) -> dict[str, TaskSet
 
 
 def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
-    """The model with its first weights: random ones, or those of a Hugging Face folder."""
+    """The model with its first weights: random ones, or those of a Hugging Face folder.
+
+    Raises:
+        ConfigError: the tokenizer has ids that the model has no embedding for.
+    """
     if config.model.source != "init":
-        return models.from_pretrained(
-            config.model.source,
+        model = models.from_pretrained(
+            pathlib.Path(config.model.source).expanduser(),
             dtype=config.model.dtype,
             param_dtype=config.model.param_dtype,
             remat=config.model.remat,
         )
+        checks.require(
+            chat.vocab_size <= model.config.vocab_size,
+            "tokenizer.source",
+            f"have at most {model.config.vocab_size} tokens",
+            "model.source has no embeddings for more",
+            chat.vocab_size,
+        )
+        return model
     sizes = config.model.to_dict()
     del sizes["source"]
-    return models.init(
-        models.DecoderConfig(vocab_size=chat.vocab_size, **sizes), seed=config.seed
-    )
+    return models.init(models.DecoderConfig(vocab_size=chat.vocab_size, **sizes), seed=config.seed)
 
 
 def params_of(model: models.Qwen3) -> learner.Params:
@@ -101,9 +112,26 @@ def params_of(model: models.Qwen3) -> learner.Params:
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """The mesh of `config.mesh` over the devices of this run."""
-    return sharding.make_mesh(**config.mesh.to_dict())
+def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
+    """The mesh of `config.mesh` over the devices of this run.
+
+    Raises:
+        ConfigError: the devices, the rows or the sizes of the model do not divide as it says.
+    """
+    try:
+        mesh = sharding.make_mesh(**config.mesh.to_dict())
+        sharding.check_divisible(model.config.axis_sizes, mesh.shape)
+    except ValueError as error:
+        raise checks.ConfigError(f"mesh: {error}") from error
+    num_parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    checks.require(
+        config.batching.rows_per_microbatch % num_parts == 0,
+        "batching.rows_per_microbatch",
+        f"be a multiple of {num_parts}",
+        "the rows are split over mesh.data times mesh.fsdp of the devices found",
+        config.batching.rows_per_microbatch,
+    )
+    return mesh
 
 
 def make_objective(config: ConfigDict) -> learner.Objective:
@@ -150,9 +178,7 @@ def make_learner(
     )
 
 
-def make_engine(
-    config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh
-) -> engine.Engine:
+def make_engine(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh) -> engine.Engine:
     """The in-process sampler; it has no weights until `load_weights`."""
     graphdef, _ = nnx.split(model)
 

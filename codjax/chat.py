@@ -231,7 +231,8 @@ def load_chat(source: str) -> Chat:
         raise ValueError(
             f"tokenizer.source: no builtin {source!r}; there are {', '.join(sorted(_BUILTINS))}."
         )
-    if not pathlib.Path(source).is_dir():
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir():
         raise ValueError(
             f"tokenizer.source: {source!r} is no folder; give a Hugging Face folder on this "
             f"machine (nothing is downloaded) or one of {', '.join(sorted(_BUILTINS))}."
@@ -239,7 +240,7 @@ def load_chat(source: str) -> Chat:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer.source: no tokenizer in {source!r}: {error}") from error
     return Chat(tokenizer, name=source)

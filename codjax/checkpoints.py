@@ -133,4 +133,3 @@ def _like_tree(like: Any, flat: dict[str, Any]) -> Any:
     return jax.tree_util.tree_unflatten(
         structure, [flat[jax.tree_util.keystr(path)] for path, _ in paths]
     )
-

@@ -124,9 +124,17 @@ def _run(command: Command, args: list[str]) -> None:
         )
     if config is not None:
         validation.validate(config)
+    _set_up_logging()
+    command.run(config, {flag.name: values[flag.name].value for flag in command.flags}, positional)
+
+
+def _set_up_logging() -> None:
+    """Our own sentences, other libraries' warnings, and none of their standing remarks."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("codjax").setLevel(logging.INFO)
-    command.run(config, {flag.name: values[flag.name].value for flag in command.flags}, positional)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax on opening a folder to read
+    # "PyTorch was not found": we only want the tokenizers.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _train(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
@@ -145,7 +153,8 @@ def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
     which = options["checkpoint"]
     if which not in ("latest", "base") and not which.isdigit() and not pathlib.Path(which).is_dir():
         raise ConfigError(
-            f"--checkpoint must be latest, base, a step, or an existing folder; got {which!r}."
+            "--checkpoint must be latest, base, a step, or the folder of a run, of a step "
+            f"(DIR/checkpoints/50) or of a Hugging Face model; got {which!r}."
         )
     if not config.evaluation.matrix:
         raise ConfigError(

@@ -34,6 +34,7 @@ from codjax import (
     sharding,
     types,
     validation,
+    workdirs,
 )
 from codjax import chat as chats
 from codjax.envs import ladder
@@ -111,12 +112,12 @@ class Evaluator:
 
 
 def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, Any]:
-    """Evaluates a checkpoint and writes eval.json, eval_packs.jsonl and the plot to the workdir.
+    """Evaluates a checkpoint and writes eval.json, eval_packs.txt and the plot to the workdir.
 
     Args:
         config: of the run.
-        checkpoint: "latest", "base" (step 0), a step, the folder of an Orbax step, or a Hugging
-            Face folder.
+        checkpoint: "latest", "base" (step 0), a step, or a folder: of a run, of an Orbax step, or
+            of a Hugging Face model.
         workdir: of the run.
 
     Returns:
@@ -126,9 +127,11 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
         checkpoints.CheckpointError: there is no such checkpoint.
     """
     validation.validate(config)
+    workdirs.prepare(pathlib.Path(workdir))
+    workdirs.check_same(pathlib.Path(workdir), config, ("model", "tokenizer"))
     chat = chats.load_chat(config.tokenizer.source)
     model = build.make_model(config, chat)
-    mesh = build.make_mesh(config)
+    mesh = build.make_mesh(config, model)
     names = dict.fromkeys(entry.taskset for entry in config.evaluation.matrix.values())
     evaluator = Evaluator(
         config=config,
@@ -172,9 +175,7 @@ def entry_packs(entry: ConfigDict, taskset: build.TaskSet) -> list[types.Pack]:
     )
 
 
-def summarise(
-    trajectories: Sequence[types.Trajectory], chat: chats.Chat
-) -> list[dict[str, float]]:
+def summarise(trajectories: Sequence[types.Trajectory], chat: chats.Chat) -> list[dict[str, float]]:
     """Means over packs, position by position, with the half width of their 95 % intervals.
 
     Args:
@@ -182,29 +183,36 @@ def summarise(
         chat: measures the hints.
 
     Returns:
-        Per position: reward, reward_ci95, success, success_ci95, turns, format_error, hint_tokens
-        (of the hint that the episode was given), response_tokens.
+        Per position: reward, reward_ci95, raw_reward, success, success_ci95, turns, format_error,
+        hint_tokens (of the hint that the episode was given), response_tokens; and
+        hint_parse_frac, of the updates after the task, where there are any.
     """
-    kept = [t.episodes_of(types.EpisodeKind.SOLVE_TASK) for t in trajectories if not t.failure]
-    positions = []
-    for episodes in zip(*kept, strict=True):
-        reward, reward_ci95 = mean_and_ci95([e.reward for e in episodes])
-        success, success_ci95 = mean_and_ci95([e.is_success for e in episodes])
-        hint_tokens = [len(chat.respond(e.hint_in)) - 1 for e in episodes]
-        response_tokens = [sum(len(turn.response_tokens) for turn in e.turns) for e in episodes]
-        positions.append(
-            {
-                "reward": reward,
-                "reward_ci95": reward_ci95,
-                "success": success,
-                "success_ci95": success_ci95,
-                "turns": float(np.mean([len(e.turns) for e in episodes])),
-                "format_error": float(np.mean([e.has_format_error for e in episodes])),
-                "hint_tokens": float(np.mean(hint_tokens)),
-                "response_tokens": float(np.mean(response_tokens)),
-            }
-        )
+    kept = [t for t in trajectories if not t.failure]
+    solves = [t.episodes_of(types.EpisodeKind.SOLVE_TASK) for t in kept]
+    updates = [t.episodes_of(types.EpisodeKind.UPDATE_CONTEXT) for t in kept]
+    positions = [_summarise_solves(episodes, chat) for episodes in zip(*solves, strict=True)]
+    for position, episodes in zip(positions, zip(*updates, strict=True), strict=False):
+        position["hint_parse_frac"] = float(np.mean([e.is_success for e in episodes]))
     return positions
+
+
+def _summarise_solves(episodes: Sequence[types.Episode], chat: chats.Chat) -> dict[str, float]:
+    """Means over the solve episodes of one position."""
+    reward, reward_ci95 = mean_and_ci95([e.reward for e in episodes])
+    success, success_ci95 = mean_and_ci95([e.is_success for e in episodes])
+    hint_tokens = [len(chat.respond(e.hint_in)) - 1 for e in episodes]
+    response_tokens = [sum(len(turn.response_tokens) for turn in e.turns) for e in episodes]
+    return {
+        "reward": reward,
+        "reward_ci95": reward_ci95,
+        "raw_reward": float(np.mean([e.raw_reward for e in episodes])),
+        "success": success,
+        "success_ci95": success_ci95,
+        "turns": float(np.mean([len(e.turns) for e in episodes])),
+        "format_error": float(np.mean([e.has_format_error for e in episodes])),
+        "hint_tokens": float(np.mean(hint_tokens)),
+        "response_tokens": float(np.mean(response_tokens)),
+    }
 
 
 def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
@@ -228,8 +236,12 @@ def show(report: Mapping[str, Any]) -> None:
         table.add_column(f"pos {position}", justify="right")
     for label, source in sources.items():
         for name, entry in source["tasksets"].items():
-            cells = [f"{p['reward']:.3f}±{p['reward_ci95']:.3f}" for p in entry["positions"]]
-            table.add_row(f"{label}: {name}", *cells)
+            rows = {key: [p[key] for p in entry["positions"]] for key in ("reward", "success")}
+            for key in rows if rows["reward"] != rows["success"] else ("reward",):
+                cells = [f"{p[key]:.3f}±{p[f'{key}_ci95']:.3f}" for p in entry["positions"]]
+                table.add_row(
+                    f"{label}: {name}" + (", success" if key == "success" else ""), *cells
+                )
     for players in report["ladder"].values():
         for player, values in players.items():
             table.add_row(f"exact: {player}", *(f"{value:.3f}" for value in values))
@@ -254,7 +266,7 @@ def pack_text(trajectory: types.Trajectory) -> str:
 def _show_packs(runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]]) -> None:
     """Print the first pack of the first entry, before and after."""
     console = rich.console.Console()
-    for label, entries in reversed(runs.items()):
+    for label, entries in reversed(list(runs.items())):
         name, trajectories = next(iter(entries.items()))
         console.print(f"\nThe first pack of {name}, {label}:")
         console.print(pack_text(trajectories[0]), markup=False, highlight=False)
@@ -282,8 +294,11 @@ def _candidates(
             param_dtype=config.model.param_dtype,
             place=sharding.place(mesh),
         )
+        _check_same_model(folder, published, model)
         return {text: build.params_of(published)}
-    if folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
+    if (folder / "checkpoints").is_dir():  # of another run
+        workdir, text = text, "latest"
+    elif folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
         workdir, text = str(folder.resolve().parent.parent), folder.name
     store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     try:
@@ -296,6 +311,17 @@ def _candidates(
         store.close()
 
 
+def _check_same_model(folder: pathlib.Path, published: models.Qwen3, model: models.Qwen3) -> None:
+    """Weights alone do not tell the sizes of heads or the rotary base: those are the config's."""
+    found, wanted = published.config.to_hf(), model.config.to_hf()
+    different = [name for name in wanted if found[name] != wanted[name]]
+    if different:
+        raise checkpoints.CheckpointError(
+            f"{folder} holds another model than the config's: {', '.join(different)} differ; set "
+            "config.model to the sizes in its config.json, or config.model.source to the folder."
+        )
+
+
 def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
     latest = store.latest_step()
     if latest is None:
@@ -306,7 +332,8 @@ def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
         return latest if text == "latest" else 0
     if not text.isdigit():
         raise checkpoints.CheckpointError(
-            f"--checkpoint must be latest, base, a step, or an existing folder; got {text!r}."
+            "--checkpoint must be latest, base, a step, or the folder of a run, of a step "
+            f"(DIR/checkpoints/50) or of a Hugging Face model; got {text!r}."
         )
     return int(text)
 
@@ -364,8 +391,9 @@ def _write(
     report: Mapping[str, Any],
     runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]],
 ) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "eval.json").write_text(json.dumps(report, indent=1) + "\n")
+    temporary = workdir / "eval.json.new"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(workdir / "eval.json")
     texts = [
         f"## {label}, {name}\n\n" + "\n\n".join(pack_text(t) for t in trajectories[:3])
         for label, entries in runs.items()
@@ -376,5 +404,5 @@ def _write(
     for label, source in (("base model", report.get("base")), ("trained", report)):
         for name, entry in (source or {"tasksets": {}})["tasksets"].items():
             lines[f"{label}: {name}"] = entry["positions"]
-    first = next(iter(report["ladder"].values()), {})
+    first: Mapping[str, Sequence[float]] = next(iter(report["ladder"].values()), {})
     plots.plot_reward_by_position(lines, first, workdir / "reward_by_position.png")

@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: optax.OptState
-    step: jax.Array  # int32 [], optimizer steps so far
+    step: types.Leaf  # int32 [], optimizer steps so far
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,9 @@ class Learner:
         """A state at step 0 with these parameters, or the model's own, laid out on the mesh."""
         params = self._initial_params if params is None else params
         # A copy: the first update gives the buffers of the state away.
-        params = jax.jit(
-            lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.param_shardings
-        )(params)
+        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.param_shardings)(
+            params
+        )
         opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(
             params
         )
@@ -143,15 +143,13 @@ class Learner:
 
     def score(self, params: Params, batch: types.TokenBatch) -> np.ndarray:
         """Log-probability of every scored entry under these parameters: float32 `[B K]`."""
-        parts = [
-            np.asarray(self._score(params, rows)) for rows in self._microbatches(batch)
-        ]
+        parts = [np.asarray(self._score(params, rows)) for rows in self._microbatches(batch)]
         return np.concatenate(parts)
 
     def num_compilations(self) -> int:
         """Programs compiled so far; constant after the first update."""
         jitted = (self._accumulate, self._apply, self._score, self._zeros)
-        return sum(function._cache_size() for function in jitted)
+        return sum(function._cache_size() for function in jitted)  # type: ignore[attr-defined]
 
     def _microbatches(self, batch: types.TokenBatch) -> list[types.TokenBatch]:
         num_rows = batch.tokens.shape[0]
@@ -180,9 +178,7 @@ class Learner:
         )
         return TrainState(self.param_shardings, opt_state, self._replicated)
 
-    def _forward(
-        self, params: Params, batch: types.TokenBatch
-    ) -> tuple[jax.Array, jax.Array]:
+    def _forward(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Log-probability and entropy of every scored entry: `[B K]`, `[B K]`."""
         model = nnx.merge(self._graphdef, params)
         hidden = model(

@@ -87,10 +87,10 @@ def _reward_metrics(solves: Sequence[Episode], taskset: str) -> dict[str, float]
 
 def _hint_metrics(updates: Sequence[Episode]) -> dict[str, float]:
     """How the writing of hints goes; position k is the update after task k."""
-    parsed = [episode for episode in updates if not episode.has_format_error]
+    parsed = [episode for episode in updates if episode.is_success]
     return {
-        **_mean("hint/parse_frac", [not episode.has_format_error for episode in updates]),
-        **_by_position("hint/parse_frac_", updates, lambda e: not e.has_format_error),
+        **_mean("hint/parse_frac", [episode.is_success for episode in updates]),
+        **_by_position("hint/parse_frac_", updates, lambda e: e.is_success),
         **_by_position("hint/length_chars_", parsed, lambda e: len(e.hint_out)),
         **_by_position("hint/response_tokens_", updates, _response_tokens),
     }

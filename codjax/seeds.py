@@ -1,7 +1,7 @@
 """Seeds derived by name, so that a new consumer of randomness moves no other.
 
-    >>> derive_seed(0, "rollout", 3) == derive_seed(0, "rollout", 3)
-    True
+>>> derive_seed(0, "rollout", 3) == derive_seed(0, "rollout", 3)
+True
 """
 
 from __future__ import annotations

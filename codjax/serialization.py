@@ -1,4 +1,6 @@
-"""Trajectories ↔ JSON values, without loss: the form of `trajectories/` and of waiting rollouts.
+"""Trajectories ↔ JSON values, without loss: the form of waiting rollouts in a checkpoint.
+
+`trajectories/`, which people read, holds texts and scores besides (`metrics.trajectory_json`).
 
 Keys are the attribute names of the records of `codjax.types`; arrays are lists, enums are their
 values. A float32 written as a JSON number and read back is the same float32.
@@ -20,12 +22,10 @@ def to_json(record: Any) -> Any:
     if dataclasses.is_dataclass(record):
         fields = dataclasses.fields(record)
         return {field.name: to_json(getattr(record, field.name)) for field in fields}
-    if isinstance(record, np.ndarray):
+    if isinstance(record, np.ndarray | np.generic):
         return record.tolist()
     if isinstance(record, enum.Enum):
         return record.value
-    if isinstance(record, np.generic):
-        return record.item()
     if isinstance(record, tuple | list):
         return [to_json(item) for item in record]
     if isinstance(record, dict):

@@ -41,6 +41,7 @@ from codjax import (
     types,
     validation,
     warmup,
+    workdirs,
 )
 from codjax import chat as chats
 from codjax.rollout import engine, runner
@@ -49,10 +50,6 @@ from codjax.rollout import episode as episodes
 Groups = list[list[types.Trajectory]]
 
 _logger = logging.getLogger(__name__)
-
-# Keys that may change between two starts of the same run: they move no number of a step
-# (`num_steps` does, when the learning rate decays towards the last one).
-_FREE_KEYS = ("checkpoint", "evaluation", "metrics")
 
 
 def main(config: ConfigDict, workdir: str) -> None:
@@ -67,8 +64,10 @@ def main(config: ConfigDict, workdir: str) -> None:
     """
     validation.validate(config)
     folder = pathlib.Path(workdir)
-    _claim(folder, config)
+    workdirs.prepare(folder)
+    workdirs.check_resumes(folder, config)
     run = _Run.of(config)
+    workdirs.write_config(folder, config)
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
     try:
         state, loop = _begin(run, store, folder)
@@ -95,7 +94,8 @@ class _Run:
     def of(cls, config: ConfigDict) -> _Run:
         """The parts that the config describes."""
         chat = chats.load_chat(config.tokenizer.source)
-        model, mesh = build.make_model(config, chat), build.make_mesh(config)
+        model = build.make_model(config, chat)
+        mesh = build.make_mesh(config, model)
         return cls(
             config=config,
             chat=chat,
@@ -234,16 +234,20 @@ def _loop(
                     run.sampler.load_weights(_copy(state.params), policy_version=step)
                     rollouts.begin(step + 1)
                 state, scored, numbers = _train_on(run, state, groups, reference, clock)
+                if not numbers["batching/trained_tokens"]:
+                    _logger.warning(
+                        "Step %d has nothing to train on: no run was kept, or none was sampled.",
+                        step + 1,
+                    )
                 if not config.rollout.steps_ahead:
                     run.sampler.load_weights(_copy(state.params), policy_version=step + 1)
                 numbers |= metrics.rollout_metrics(groups, policy_version=step)
+                numbers["rollout/dropped_tasks"] = draw_packs(run, step)[1]
                 numbers |= clock.metrics(numbers)
                 writer.write(step + 1, numbers)
                 if (step + 1) % config.metrics.packs_every_steps == 0:
                     trajectories.write(step + 1, groups, scored)
-                bar.update(
-                    step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"]
-                )
+                bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
                 if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == config.num_steps:
                     ahead = serialization.to_json(rollouts.waiting())
                     store.save(step + 1, state, {"step": step + 1, "waiting": ahead})
@@ -251,8 +255,8 @@ def _loop(
         rollouts.close()
 
 
-def sample_step(run: _Run, step: int) -> Groups:
-    """The trajectories of a rollout step, group by group: a function of the step and the weights."""
+def draw_packs(run: _Run, step: int) -> tuple[list[types.Pack], int]:
+    """The packs of a rollout step, and how many of its tasks are in none of them."""
     config = run.config
     drawn = packs.step_tasks(
         {name: taskset.records for name, taskset in run.tasksets.items()},
@@ -260,25 +264,24 @@ def sample_step(run: _Run, step: int) -> Groups:
         tasks_per_step=config.rollout.tasks_per_step,
         seed=config.seed,
     )
-    rules = {
-        "size": config.packs.size,
-        "mode": config.packs.mode,
-        "pad_to_full": config.packs.pad_to_full,
-    }
-    if dropped := packs.num_dropped(drawn.tasks, **rules):
-        _logger.warning(
-            "Step %d: %d of %d tasks are in no pack of %d; see packs.pad_to_full.",
-            step,
-            dropped,
-            len(drawn.tasks),
-            config.packs.size,
-        )
     # The id in the config, not in `rollout.tasksets`: no pack of a test set gets a training seed.
     tasks = [
         dataclasses.replace(task, taskset_id=run.tasksets[task.taskset].taskset_id)
         for task in drawn.tasks
     ]
-    step_packs = packs.make_packs(tasks, **rules, epoch=drawn.epochs)
+    rules = {
+        "size": config.packs.size,
+        "mode": config.packs.mode,
+        "pad_to_full": config.packs.pad_to_full,
+    }
+    made = packs.make_packs(tasks, **rules, epoch=drawn.epochs)
+    return made, packs.num_dropped(tasks, **rules)
+
+
+def sample_step(run: _Run, step: int) -> Groups:
+    """The trajectories of a step, group by group: a function of the step and the weights."""
+    config = run.config
+    step_packs, _ = draw_packs(run, step)
     return asyncio.run(
         runner.run_packs(
             step_packs,
@@ -358,7 +361,6 @@ def _train_on(
     scored, numbers = credit.score_trajectories(groups, run.rules)
     sequences = training_sequences(scored)
     if not sequences:
-        _logger.warning("Step %d has nothing to train on: every run was dropped.", int(state.step))
         return state, scored, numbers | {"batching/trained_tokens": 0}
     weights, normaliser = losses.aggregation_weights(
         [int(s.is_scored.sum()) for s in sequences],
@@ -418,37 +420,3 @@ class _Clock:
         total = time.perf_counter() - self._start
         rate = numbers["batching/trained_tokens"] / total
         return self._laps | {"time/step_s": total, "time/tokens_per_s": rate}
-
-
-def _claim(folder: pathlib.Path, config: ConfigDict) -> None:
-    """Write config.json, unless the workdir belongs to a run with another config."""
-    path = folder / "config.json"
-    resolved = json.loads(config.to_json_best_effort())
-    is_free = set(_FREE_KEYS) | ({"num_steps"} if config.optimizer.schedule == "constant" else set())
-    if path.exists():
-        found = json.loads(path.read_text())
-        different = [
-            key
-            for key in sorted(set(_flatten(resolved).items()) ^ set(_flatten(found).items()))
-            if key[0].split(".")[0] not in is_free
-        ]
-        if different:
-            names = ", ".join(sorted({key for key, _ in different}))
-            raise validation.ConfigError(
-                f"--workdir {folder} holds a run with other values of {names}; go on with the "
-                "config it began with (its config.json), or give a new workdir."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)  # in one step: half of it would keep a killed run from going on
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Leaves by dotted key, as JSON."""
-    if not isinstance(tree, dict):
-        return {prefix: json.dumps(tree)}
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -18,12 +18,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-if TYPE_CHECKING:  # the rollout side reads records without loading JAX
-    import jax
+# A NumPy array on the host, a JAX array in jit; and, in trees of the same shape, a sharding.
+Leaf: TypeAlias = Any
 
 
 class EpisodeKind(enum.StrEnum):
@@ -173,7 +173,7 @@ class Trajectory:
         return tuple(episode for episode in self.episodes if episode.kind is kind)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Sequence:
     """One root-to-leaf token sequence to place in a row: a sample of the train batch.
 
@@ -199,15 +199,21 @@ class TokenBatch(NamedTuple):
     fields changes nothing.
     """
 
-    tokens: jax.Array  # int32 [B T]
-    token_positions: jax.Array  # int32 [B T], depth from the sequence's own start
-    subtree_end: jax.Array  # int32 [B T], index one past the last descendant
-    source: jax.Array  # int32 [B K], index in the row of the hidden state that predicts
-    target: jax.Array  # int32 [B K], the token id that was sampled
-    sampler_logprobs: jax.Array  # float32 [B K]
-    ref_logprobs: jax.Array  # float32 [B K], of the reference model; zeros when there is none
-    advantages: jax.Array  # float32 [B K]
-    weights: jax.Array  # float32 [B K], the entry's share of the loss; 0 on padding
-    sample_ids: jax.Array  # int32 [B K], index of the entry's sample within its row
-    normaliser: jax.Array  # float32 [], what the sum over the whole train batch is divided by
-    num_scored: jax.Array  # int32 [], entries of the whole train batch
+    tokens: Leaf  # int32 [B T]
+    token_positions: Leaf  # int32 [B T], depth from the sequence's own start
+    subtree_end: Leaf  # int32 [B T], index one past the last descendant
+    source: (
+        jax.Array | np.ndarray
+    )  # int32 [B K], index in the row of the hidden state that predicts
+    target: Leaf  # int32 [B K], the token id that was sampled
+    sampler_logprobs: Leaf  # float32 [B K]
+    ref_logprobs: (
+        jax.Array | np.ndarray
+    )  # float32 [B K], of the reference model; zeros when there is none
+    advantages: Leaf  # float32 [B K]
+    weights: Leaf  # float32 [B K], the entry's share of the loss; 0 on padding
+    sample_ids: Leaf  # int32 [B K], index of the entry's sample within its row
+    normaliser: (
+        jax.Array | np.ndarray
+    )  # float32 [], what the sum over the whole train batch is divided by
+    num_scored: Leaf  # int32 [], entries of the whole train batch

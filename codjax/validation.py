@@ -84,7 +84,7 @@ def validate(config: ConfigDict) -> None:
     _check_loss(config.loss, config.credit)
     _check_optimizer(config.optimizer, "optimizer", config.num_steps)
     _check_batching(config.batching, config.rollout, config.mesh)
-    _check_warmup(config.warmup)
+    _check_warmup(config.warmup, config.rollout, config.tasksets)
     checks.at_least(config.checkpoint, "checkpoint.every_steps", 1, "it is a distance in steps")
     checks.at_least(config.checkpoint, "checkpoint.keep", 1, "a run resumes from the newest one")
     _check_evaluation(config)
@@ -385,7 +385,7 @@ def _check_batching(batching: ConfigDict, rollout: ConfigDict, mesh: ConfigDict)
     )
 
 
-def _check_warmup(warmup: ConfigDict) -> None:
+def _check_warmup(warmup: ConfigDict, rollout: ConfigDict, tasksets: ConfigDict) -> None:
     checks.at_least(warmup, "warmup.num_steps", 0, "it counts steps; 0 is no warm-up")
     checks.at_least(warmup, "warmup.batch_episodes", 1, "it counts demonstrations")
     checks.at_least(
@@ -394,6 +394,15 @@ def _check_warmup(warmup: ConfigDict) -> None:
     for name in ("follow_frac", "true_hint_in_frac", "true_hint_out_frac"):
         checks.fraction(warmup, f"warmup.{name}")
     if warmup.num_steps > 0:
+        for name in rollout.tasksets:
+            env = tasksets[name].env
+            checks.require(
+                env in COMPACT_ENVS,
+                f"tasksets.{name}.env",
+                f"be {' or '.join(COMPACT_ENVS)} with a warm-up",
+                "the scripted player plays nothing else; set warmup.num_steps to 0",
+                env,
+            )
         _check_optimizer(warmup.optimizer, "warmup.optimizer", warmup.num_steps)
 
 

@@ -33,7 +33,9 @@ def get_config():
     config.model.remat = "none"
 
     config.tasksets.lake = taskset(env="frozen_lake_compact", split="train")
-    config.tasksets.lake_test = taskset(env="frozen_lake_compact", split="test", data={"num_test": 8192})
+    config.tasksets.lake_test = taskset(
+        env="frozen_lake_compact", split="test", data={"num_test": 8192}
+    )
     config.rollout.tasksets = ("lake",)
     config.rollout.prompt_style = "compact"
     config.rollout.tasks_per_step = 64  # 16 packs of 4

@@ -83,7 +83,7 @@ def like(made):
 
 
 def on_host(tree):
-    return jax.tree.map(lambda x: np.array(x), tree)
+    return jax.tree.map(np.array, tree)
 
 
 def assert_same(one, other):

@@ -238,10 +238,6 @@ def test_the_state_lies_where_its_parameters_lie():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     made = make_learner(rows=8, mesh=mesh)
     state = made.init_state()
-    placed = {
-        str(leaf.sharding.spec)
-        for leaf in jax.tree.leaves(state.opt_state)
-        if leaf.ndim > 1
-    }
+    placed = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1}
     expected = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1}
     assert placed == expected

@@ -11,7 +11,13 @@ TASK = types.Task(
     taskset="lake",
     taskset_id=1,
     index=7,
-    record={"start": [0, 2], "goal": [1, 2], "p": 0.6312, "text": 'a "hint"\n\u2028√', "none": None},
+    record={
+        "start": [0, 2],
+        "goal": [1, 2],
+        "p": 0.6312,
+        "text": 'a "hint"\n\u2028√',
+        "none": None,
+    },
 )
 PACK = types.Pack(
     tasks=(TASK, dataclasses.replace(TASK, index=8)),

@@ -32,11 +32,15 @@ def get_config():
     config.engine.num_slots = 4
     config.engine.prefill_rows = 4
     config.batching.row_length = 64
+    config.batching.scored_per_row = 128
     config.batching.rows_per_microbatch = 8  # of the 8 virtual devices
 
     config.warmup.num_steps = 200
     config.warmup.batch_episodes = 16
     config.warmup.num_demos = 256
+    config.warmup.optimizer.learning_rate = 1e-2
+    config.warmup.optimizer.warmup_steps = 0
+    config.warmup.optimizer.schedule = "constant"
 
     config.checkpoint.every_steps = 1
     config.checkpoint.keep = 100

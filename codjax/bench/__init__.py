@@ -65,12 +65,13 @@ def main(name: str | None, output: str | None) -> dict[str, Any]:
 
 
 def table(title: str, rows: Sequence[Row]) -> rich.table.Table:
-    """Rows as a table for people, one column a key."""
-    made = rich.table.Table(title=title)
-    for index, column in enumerate(rows[0]):
-        made.add_column(column, justify="right" if index else "left")
-    for row in rows:
-        made.add_row(*map(_text, row.values()))
+    """Rows as a table for people: a column a row, since numbers are many and variants few."""
+    label, *keys = rows[0]
+    made = rich.table.Table(label, *(str(row[label]) for row in rows), title=title)
+    for column in made.columns[1:]:
+        column.justify = "right"
+    for key in keys:
+        made.add_row(key, *(_text(row[key]) for row in rows))
     return made
 
 

@@ -12,8 +12,9 @@ import asyncio
 import dataclasses
 import functools
 import random
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -109,9 +110,12 @@ def model_config(*, vocab_size: int, num_layers: int) -> dict[str, Any]:
     return sizes | {"vocab_size": vocab_size}
 
 
-def lake_group(chat: chats.Chat, *, pack_size: int, group_size: int, num_thoughts: int) -> Group:
+def lake_group(
+    chat: chats.Chat, *, pack_size: int, group_size: int, max_turns: int, num_thoughts: int
+) -> Group:
     """G runs of the first FrozenLake-Obscure training pack, full text, by the scripted player."""
     config = config_of("frozen_lake_obscure", num_tasks=pack_size)
+    config.tasksets.bench.settings = ConfigDict({"agent_max_steps": max_turns})
     sampler = scripted.ScriptedSampler(scripted.speaks(Player(num_thoughts=num_thoughts), chat))
     (group,) = play(config, chat, sampler, num_packs=1, pack_size=pack_size, group_size=group_size)
     assert all(run.failure is None for run in group)
@@ -153,7 +157,7 @@ def word_chat() -> chats.Chat:
     the benchmark a benchmark of attention.
     """
     letters = chats.load_chat("builtin:bytes")
-    group = lake_group(letters, pack_size=2, group_size=2, num_thoughts=6)
+    group = lake_group(letters, pack_size=2, group_size=2, max_turns=8, num_thoughts=6)
     turns = [turn for run in group for episode in run.episodes for turn in episode.turns]
     texts = [letters.decode(np.append(t.prompt_tokens, t.response_tokens)) for t in turns]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -183,12 +187,45 @@ def one_device() -> jax.sharding.Mesh:
     )
 
 
-def in_turn(
-    runs: Mapping[str, Callable[[], float]], *, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Median and smallest of the seconds that each run says it took, A B C A B C …"""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+class Timing(NamedTuple):
+    """Seconds of a variant over the rounds."""
+
+    median_s: float
+    fastest_s: float
+    cpu_s: float  # median of the processor's time, over all cores: a busy machine moves it less
+
+
+def in_turn(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
+    """What each run takes; they go in turn, A B C A B C …, so that a busy spell hurts all."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(run())
-    return {name: (float(np.median(taken)), min(taken)) for name, taken in seconds.items()}
+            start, cpu_start = time.perf_counter(), time.process_time()
+            run()
+            taken[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
+    return {
+        name: Timing(
+            median_s=float(np.median([wall for wall, _ in pairs])),
+            fastest_s=min(wall for wall, _ in pairs),
+            cpu_s=float(np.median([cpu for _, cpu in pairs])),
+        )
+        for name, pairs in taken.items()
+    }
+
+
+def compare(rows: list[Row], ratios: Mapping[str, str]) -> list[Row]:
+    """The rows, each with how many times the first row's value it has: new key -> old key.
+
+    >>> compare([{"s": 2.0}, {"s": 5.0}], {"x_s": "s"})
+    [{'s': 2.0, 'x_s': 1.0}, {'s': 5.0, 'x_s': 2.5}]
+    """
+
+    def number(row: Row, key: str) -> float:
+        value = row[key]
+        assert isinstance(value, float)
+        return value
+
+    return [
+        row | {new: number(row, old) / number(rows[0], old) for new, old in ratios.items()}
+        for row in rows
+    ]

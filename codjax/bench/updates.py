@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import multiprocessing
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -84,21 +83,16 @@ class _Contender:
         self.state.append(jax.block_until_ready(state))
         return metrics
 
-    def seconds(self) -> float:
-        """Of one step."""
-        start = time.perf_counter()
-        self.update()
-        return time.perf_counter() - start
-
 
 def bench(
     *,
     pack_size: int = 2,
     group_size: int = 4,
-    num_thoughts: int = 6,
+    max_turns: int = 5,
+    num_thoughts: int = 4,
     vocab_size: int = 32768,
     num_layers: int = 2,
-    row_length: int = 4096,
+    row_length: int = 3072,
     rounds: int = 3,
     measures_process: bool = True,
 ) -> list[material.Row]:
@@ -107,6 +101,7 @@ def bench(
     Args:
         pack_size: S.
         group_size: G, runs of the one pack.
+        max_turns: of a solve episode; published are 8, for a machine with more time.
         num_thoughts: most sentences of reasoning in a response.
         vocab_size: V, at least that of the tokenizer.
         num_layers: L.
@@ -115,41 +110,38 @@ def bench(
         measures_process: also run each variant in a process of its own, for its peak memory.
 
     Returns:
-        A row a variant: rows and tokens of its batch; the projections onto the vocabulary that
-        were needed and made (padding included); median and fastest update; memory that the
-        compiled program of one micro-batch (one row) asks for, its arguments (parameters,
-        gradients, the row) and the rest; peak memory of the process; median and memory over
-        those of the first variant.
+        A row a variant: rows and tokens of its batch; the tokens that were projected onto the
+        vocabulary, padding included; an update's median and fastest time and its median time of
+        the processor; memory that the compiled program of one micro-batch (one row) holds; peak
+        memory of the process; and, as `x_…`, what is a multiple of the first variant's.
 
     Raises:
         RuntimeError: the variants do not compute the same.
     """
-    sequences = samples(pack_size, group_size, num_thoughts)
+    sequences = samples(
+        pack_size=pack_size, group_size=group_size, max_turns=max_turns, num_thoughts=num_thoughts
+    )
     sizes = material.model_config(vocab_size=vocab_size, num_layers=num_layers)
     contenders = {
         name: _contender(variant, sizes, sequences, row_length)
         for name, variant in VARIANTS.items()
     }
     _check_same({name: one.update() for name, one in contenders.items()})
-    times = material.in_turn({name: one.seconds for name, one in contenders.items()}, rounds=rounds)
+    times = material.in_turn({name: one.update for name, one in contenders.items()}, rounds=rounds)
     rows = []
     for (name, one), variant in zip(contenders.items(), VARIANTS.values(), strict=True):
-        program, arguments = _program_mib(one)
         peak = None
         if measures_process and jax.default_backend() == "cpu":
             peak = _in_own_process(variant, sizes, sequences, row_length)
-        rows.append(_row(name, one, times[name], (program, arguments, peak)))
-    for row in rows:
-        for ratio, key in (("x_seconds", "update_s"), ("x_program", "program_mib")):
-            row[ratio] = float(row[key] or 0) / float(rows[0][key] or 1)
-    return rows
-
-
-def samples(pack_size: int, group_size: int, num_thoughts: int) -> list[types.Sequence]:
-    """The train samples of one group, one a model call, with their credit."""
-    group = material.lake_group(
-        material.word_chat(), pack_size=pack_size, group_size=group_size, num_thoughts=num_thoughts
+        rows.append(_row(name, one, times[name], process_mib=peak))
+    return material.compare(
+        rows, {"x_seconds": "update_s", "x_cpu": "cpu_s", "x_program": "program_mib"}
     )
+
+
+def samples(**sizes: int) -> list[types.Sequence]:
+    """The train samples of `material.lake_group`, one a model call, with their credit."""
+    group = material.lake_group(material.word_chat(), **sizes)
     scored, _ = credit.score_trajectories([group], credit.make_rules(default_config().credit))
     return train.training_sequences(scored)
 
@@ -192,14 +184,14 @@ def _check_same(metrics: dict[str, dict[str, float]]) -> None:
                 )
 
 
-def _program_mib(contender: _Contender) -> tuple[float, float]:
-    """What XLA's program of one micro-batch holds at most, and what of it are its arguments."""
+def _program_mib(contender: _Contender) -> float:
+    """What XLA's program of one micro-batch holds: parameters, gradients, rows, and all between."""
     made, params = contender.learner, contender.state[0].params
     grads, sums = made._zeros(params)
     rows = made._microbatches(contender.batch)[0]
     stats = made._accumulate.lower(params, grads, sums, rows).compile().memory_analysis()
-    arguments = stats.argument_size_in_bytes
-    return (stats.temp_size_in_bytes + arguments) / _MIB, arguments / _MIB
+    assert stats is not None  # XLA knows it on CPU, GPU and TPU
+    return (stats.temp_size_in_bytes + stats.argument_size_in_bytes) / _MIB
 
 
 def _in_own_process(*args: Any) -> float | None:
@@ -212,8 +204,11 @@ def _in_own_process(*args: Any) -> float | None:
 def _process_peak_mib(
     variant: Variant, sizes: dict[str, Any], sequences: Sequence[types.Sequence], row_length: int
 ) -> float | None:
-    """Peak resident memory of this process after one update; None where Linux does not tell it."""
-    _contender(variant, sizes, sequences, row_length).update()
+    """Peak resident memory of this process after a step; None where Linux does not tell it."""
+    whole = _contender(variant, sizes, sequences, row_length)
+    # One micro-batch is enough: the others take its place.
+    batch = jax.tree.map(lambda x: x[:1] if np.ndim(x) else x, whole.batch)
+    dataclasses.replace(whole, batch=batch).update()
     status = pathlib.Path("/proc/self/status")
     # Not getrusage: what it says includes the parent's memory from before the exec.
     lines = status.read_text().splitlines() if status.exists() else []
@@ -221,10 +216,7 @@ def _process_peak_mib(
 
 
 def _row(
-    name: str,
-    contender: _Contender,
-    seconds: tuple[float, float],
-    mib: tuple[float, float, float | None],
+    name: str, contender: _Contender, timing: material.Timing, *, process_mib: float | None
 ) -> material.Row:
     report, batch = contender.report, contender.batch
     is_full = isinstance(contender.learner, FullLogitsLearner)
@@ -235,10 +227,10 @@ def _row(
         "row_tokens": report.row_length,
         "stored_tokens": report.stored_tokens,
         "scored_tokens": report.scored_tokens,
-        "projected": int(np.size(batch.tokens if is_full else batch.source)),
-        "update_s": seconds[0],
-        "fastest_s": seconds[1],
-        "program_mib": mib[0],
-        "arguments_mib": mib[1],
-        "process_mib": mib[2],
+        "projected_tokens": int(np.size(batch.tokens if is_full else batch.source)),
+        "update_s": timing.median_s,
+        "fastest_s": timing.fastest_s,
+        "cpu_s": timing.cpu_s,
+        "program_mib": _program_mib(contender),
+        "process_mib": process_mib,
     }

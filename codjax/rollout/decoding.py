@@ -37,16 +37,16 @@ class CachedModel:
 class Slots(NamedTuple):
     """What the slots are decoding; S slots, Z stop tokens."""
 
-    token: Int[Array, " S"]  # last token, not yet in the cache
-    index: Int[Array, " S"]  # its index in the sequence
-    num_sampled: Int[Array, " S"]  # tokens sampled so far for this request
-    is_active: Bool[Array, " S"]
-    seed: UInt[Array, " S"]
-    max_tokens: Int[Array, " S"]
-    temperature: Float[Array, " S"]
-    top_p: Float[Array, " S"]
-    top_k: Int[Array, " S"]
-    stop_tokens: Int[Array, "S Z"]  # padded with -1
+    token: Int[Any, " S"]  # last token, not yet in the cache
+    position: Int[Any, " S"]  # its index in the sequence
+    num_sampled: Int[Any, " S"]  # tokens sampled so far for this request
+    is_active: Bool[Any, " S"]
+    seed: UInt[Any, " S"]
+    max_tokens: Int[Any, " S"]
+    temperature: Float[Any, " S"]
+    top_p: Float[Any, " S"]
+    top_k: Int[Any, " S"]
+    stop_tokens: Int[Any, "S Z"]  # padded with -1
 
 
 class Decoded(NamedTuple):
@@ -57,7 +57,7 @@ class Decoded(NamedTuple):
     is_valid: Bool[Array, "n S"]
 
 
-def prefill(
+def prefill(  # noqa: PLR0917 - jitted with positions for donation
     model: CachedModel,
     weights: Any,
     cache: Any,
@@ -120,10 +120,10 @@ def decode(
     def one_step(carry: tuple) -> tuple:
         step, cache, slots, out = carry
         # An idle slot keeps what it holds for later prefix reuse: its write falls off the end.
-        start = jnp.where(slots.is_active, slots.index, length)
+        start = jnp.where(slots.is_active, slots.position, length)
         hidden, cache = model.extend(weights, cache, slots.token[:, None], start)
-        logits = jnp.einsum("rd,vd->rv", hidden[:, 0], unembedding.astype(hidden.dtype)).astype(
-            jnp.float32
+        logits = jnp.einsum(
+            "rd,vd->rv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32
         )
         token, logprob = sample(logits, slots, use_filter=use_filter)
         out = Decoded(
@@ -183,7 +183,7 @@ def _advance(slots: Slots, token: Int[Array, " S"]) -> Slots:
     is_stop = jnp.any(token[:, None] == slots.stop_tokens, axis=-1)
     return slots._replace(
         token=jnp.where(slots.is_active, token, slots.token),
-        index=slots.index + slots.is_active,
+        position=slots.position + slots.is_active,
         num_sampled=num_sampled,
         is_active=slots.is_active & ~is_stop & (num_sampled < slots.max_tokens),
     )

@@ -109,7 +109,9 @@ class Engine:
         self._weights, self._policy_version = weights, policy_version
         self._num_held[:] = 0
 
-    async def generate(self, prompt: np.ndarray, params: SamplingParams, *, seed: int) -> Generation:
+    async def generate(
+        self, prompt: np.ndarray, params: SamplingParams, *, seed: int
+    ) -> Generation:
         """A response to the int32 `[n]` prompt; see `codjax.rollout.sampler.Sampler`."""
         self._check(prompt, params)
         request = _Request(
@@ -205,8 +207,10 @@ class Engine:
         length = len(prompt) - 1
         differs = self._held[:, :length] != prompt[:length]
         differs |= np.arange(length) >= self._num_held[:, None]
-        return np.where(differs.any(axis=1), differs.argmax(axis=1), length) if length else (
-            np.zeros(self._num_slots, np.int64)
+        return (
+            np.where(differs.any(axis=1), differs.argmax(axis=1), length)
+            if length
+            else (np.zeros(self._num_slots, np.int64))
         )
 
     def _assign(self, wave: list[_Request], free: list[int]) -> list[_Feed]:
@@ -271,7 +275,7 @@ class Engine:
         self._num_held[slot] = length
         self._requests[slot] = request
         params, slots = request.params, self._slots
-        slots.token[slot], slots.index[slot] = request.prompt[-1], length
+        slots.token[slot], slots.position[slot] = request.prompt[-1], length
         slots.num_sampled[slot], slots.is_active[slot] = 0, True
         slots.seed[slot], slots.max_tokens[slot] = request.seed, params.max_tokens
         slots.temperature[slot] = params.temperature
@@ -285,7 +289,10 @@ class Engine:
             np.any(self._slots.is_active & ((self._slots.top_p < 1) | (self._slots.top_k > 0)))
         )
         self._cache, slots, decoded = self._decode(
-            self._weights, self._cache, jax.tree.map(jnp.asarray, self._slots), use_filter=use_filter
+            self._weights,
+            self._cache,
+            jax.tree.map(jnp.asarray, self._slots),
+            use_filter=use_filter,
         )
         before = self._slots
         self._slots = decoding.Slots(*map(np.array, jax.device_get(slots)))
@@ -332,7 +339,7 @@ def _idle_slots(num_slots: int) -> decoding.Slots:
 
     return decoding.Slots(
         token=zeros(np.int32),
-        index=zeros(np.int32),
+        position=zeros(np.int32),
         num_sampled=zeros(np.int32),
         is_active=zeros(bool),
         seed=zeros(np.uint32),

@@ -62,7 +62,9 @@ class Generation:
 class Sampler(Protocol):
     """A language model that answers many requests at once."""
 
-    async def generate(self, prompt: np.ndarray, params: SamplingParams, *, seed: int) -> Generation:
+    async def generate(
+        self, prompt: np.ndarray, params: SamplingParams, *, seed: int
+    ) -> Generation:
         """A response to the int32 `[n]` prompt; the same for the same arguments and weights.
 
         Raises:

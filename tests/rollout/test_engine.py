@@ -197,9 +197,7 @@ def test_temperature_top_k_and_top_p_draw_from_what_they_leave():
     assert set(np.exp(logprobs).round(3).astype(str)) == {"0.5", "0.3", "0.15", "0.05"}
 
     hot, _ = sampled_frequencies(logits, temperature=2.0)
-    np.testing.assert_allclose(
-        hot, probabilities**0.5 / (probabilities**0.5).sum(), atol=0.03
-    )
+    np.testing.assert_allclose(hot, probabilities**0.5 / (probabilities**0.5).sum(), atol=0.03)
 
     top_k, _ = sampled_frequencies(logits, top_k=2)
     np.testing.assert_allclose(top_k, [0.625, 0.375, 0, 0], atol=0.03)
@@ -263,9 +261,7 @@ def test_many_turns_over_few_slots(model):
 
     crowded = asyncio.run(run())
     made = make_engine(model, num_slots=1)
-    assert [t.tolist() for t in crowded[:2]] == [
-        asyncio.run(episode(i)).tolist() for i in range(2)
-    ]
+    assert [t.tolist() for t in crowded[:2]] == [asyncio.run(episode(i)).tolist() for i in range(2)]
 
 
 def test_nothing_is_compiled_twice(model):

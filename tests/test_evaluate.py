@@ -1,0 +1,408 @@
+"""Evaluation: what it writes, what its controls do to hints, and which checkpoints it finds."""
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from codjax import build, checkpoints, cli, config_files, evaluate, models, sharding, train, types
+from codjax import chat as chats
+from codjax import config as config_lib
+from codjax.envs import frozen_lake_compact as lake
+from codjax.envs import ladder
+from codjax.rollout import sampler as samplers
+from codjax.rollout import scripted
+from codjax.warmup import SloppyPlayer
+
+TESTS = pathlib.Path(__file__).parent
+TINY = TESTS / "tiny.py"
+NULL_HINT = "?"
+ENTRIES = ["lake", "ralph_full", "ralph_sample", "hint_blanked", "hint_swapped"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every start compiles the same programs: from the second on, they are read from a folder."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def tiny(**changes):
+    config = config_files.load(str(TINY))
+    config.update_from_flattened_dict({"num_steps": 2} | changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train.main(tiny(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+    """Of its newest checkpoint."""
+    return evaluate.main(tiny(), "latest", str(workdir))
+
+
+# What it writes.
+
+
+def documented_keys():
+    """Names in the example of eval.json in docs/file_formats.md, by the object that has them."""
+    text = (TESTS.parent / "docs" / "file_formats.md").read_text()
+    example = text.partition("## eval.json")[2].partition("NAME is an entry")[0]
+    keys = re.findall(r'"(\w+)":', example)
+    return set(keys), set(re.findall(r'"(\w+)":', example.partition('"positions": [{')[2]))
+
+
+def test_the_report_has_the_documented_form(report, workdir):
+    assert json.loads((workdir / "eval.json").read_text()) == report
+    assert list(report) == ["checkpoint", "tasksets", "base", "ladder"]
+    assert (report["checkpoint"], report["base"]["checkpoint"]) == ("step 2", "step 0")
+    _, of_positions = documented_keys()
+    for source in (report, report["base"]):
+        assert list(source["tasksets"]) == ENTRIES
+        for name, entry in source["tasksets"].items():
+            assert entry["taskset"] == "lake_test"
+            assert entry["mode"] == (name if name.startswith("ralph") else "cod")
+            assert entry["condition"] == (name if name.startswith("hint") else "none")
+            assert (entry["num_packs"], entry["dropped_packs"]) == (6, 0)
+            assert len(entry["positions"]) == 3
+            for position in entry["positions"]:
+                assert set(position) <= of_positions
+                assert all(type(value) is float for value in position.values())
+                assert 0 <= position["reward"] <= 1
+                assert position["reward"] == position["success"]  # there are no penalties
+                assert position["reward_ci95"] == position["success_ci95"]
+                assert 1 <= position["turns"] <= 2
+
+
+def test_every_key_of_the_report_is_documented(report):
+    documented, _ = documented_keys()
+
+    def keys(tree):
+        if isinstance(tree, dict):
+            yield from tree
+        children = tree.values() if isinstance(tree, dict) else tree
+        for child in children if isinstance(tree, dict | list) else ():
+            yield from keys(child)
+
+    assert set(keys(report)) - set(ENTRIES) - set(report["ladder"]["lake"]) == documented
+
+
+def test_the_exact_ladder_stands_beside_the_undisturbed_entry(report):
+    assert report["ladder"] == {"lake": ladder.compact_ladder(3, {}, {"num_test": 8192})}
+
+
+def test_the_other_files(report, workdir):
+    text = (workdir / "eval_packs.txt").read_text()
+    assert text.startswith("## step 2, lake\n\npack seed ")
+    assert "## step 0, ralph_full\n" in text
+    assert text.count("pack seed ") == 2 * len(ENTRIES) * 3
+    assert (workdir / "reward_by_position.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_base_or_a_ladder(workdir, tmp_path, capsys):
+    config = tiny(**{"evaluation.compare_base": False})
+    with config.evaluation.matrix.unlocked():
+        del config.evaluation.matrix["lake"]
+    found = evaluate.main(config, str(workdir / "checkpoints" / "2"), str(tmp_path / "new"))
+    assert list(found) == ["checkpoint", "tasksets", "ladder"]
+    assert found["ladder"] == {}
+    assert json.loads((tmp_path / "new" / "eval.json").read_text()) == found
+    out = capsys.readouterr().out
+    assert "step 2: hint_blanked" in " ".join(out.split())
+    assert "exact" not in out
+
+
+# The same numbers, wherever the parameters come from.
+
+
+def params_of_step(workdir, step):
+    config = tiny()
+    model = build.make_model(config, chats.load_chat(config.tokenizer.source))
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        build.params_of(model),
+        sharding.param_shardings(model, build.make_mesh(config)),
+    )
+    store = checkpoints.Checkpoints(workdir, keep=3, read_only=True)
+    try:
+        return model, store.restore_params(step, like)
+    finally:
+        store.close()
+
+
+def test_two_calls_give_the_same_numbers(report, workdir):
+    assert evaluate.main(tiny(), 2, str(workdir)) == report
+
+
+def test_base_is_step_0(report, workdir, tmp_path):
+    found = evaluate.main(tiny(), "base", str(workdir))
+    assert (found["checkpoint"], "base" in found) == ("step 0", False)
+    assert found["tasksets"] == report["base"]["tasksets"]
+    assert found["tasksets"] != report["tasksets"]
+
+
+def test_the_folder_of_an_orbax_step(report, workdir, tmp_path):
+    folder = workdir / "checkpoints" / "2"
+    assert evaluate.main(tiny(), str(folder), str(tmp_path)) == report
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_hugging_face_folder(report, workdir, tmp_path):
+    model, params = params_of_step(workdir, 2)
+    graphdef, _ = nnx.split(model)
+    folder = tmp_path / "exported"
+    models.save_pretrained(nnx.merge(graphdef, params), folder)
+    found = evaluate.main(tiny(), str(folder), str(tmp_path / "out"))
+    assert found["checkpoint"] == str(folder)
+    assert found["tasksets"] == report["tasksets"]
+    assert found["ladder"] == report["ladder"]
+
+
+def test_a_hugging_face_folder_of_another_model_is_refused(workdir, tmp_path):
+    other = tiny(**{"model.rope_theta": 2e4})
+    model = build.make_model(other, chats.load_chat(other.tokenizer.source))
+    models.save_pretrained(model, tmp_path / "other")
+    with pytest.raises(checkpoints.CheckpointError, match=r"other .*model.* rope_theta"):
+        evaluate.main(tiny(), str(tmp_path / "other"), str(tmp_path / "out"))
+
+
+def test_another_mesh_gives_the_same_rewards(report, workdir):
+    """Sums run in another order there, which may turn a close draw in one of the six packs."""
+    found = evaluate.main(tiny(**{"mesh.fsdp": 4}), 2, str(workdir))
+    for name in ENTRIES:
+        for one, other in zip(
+            found["tasksets"][name]["positions"],
+            report["tasksets"][name]["positions"],
+            strict=True,
+        ):
+            assert one["reward"] == pytest.approx(other["reward"], abs=0.2)
+
+
+# Checkpoints that are not there.
+
+
+def test_what_cannot_be_found_is_said_in_one_line(workdir, tmp_path, capsys):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    cases = [
+        (["--checkpoint=7"], workdir, "holds no step 7; there are [0, 1, 2]."),
+        ([], tmp_path / "nowhere", "holds no checkpoints; train first: codjax train --workdir="),
+        ([], tmp_path / "empty", "holds no finished checkpoint; train first: codjax train --work"),
+        (["--checkpoint=newest"], workdir, "--checkpoint must be latest, base, a step, or an exi"),
+        ([f"--checkpoint={tmp_path}"], workdir, "--checkpoint must be latest, base, a step, or"),
+    ]
+    for flags, folder, message in cases:
+        args = ["eval", f"--config={TINY}", f"--workdir={folder}", *flags]
+        assert cli.main(args) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith("codjax eval: ")
+        assert message in error
+    assert not (tmp_path / "nowhere").exists()
+
+
+# What the entries of the matrix do, with a player of which one knows what it does.
+
+
+def evaluator(script, **changes):
+    config = tiny(**changes)
+    chat = chats.load_chat(config.tokenizer.source)
+    return evaluate.Evaluator(
+        config=config,
+        chat=chat,
+        tasksets=build.load_tasksets(config, ["lake_test"]),
+        sampler=scripted.ScriptedSampler(scripted.speaks(script, chat)),
+    )
+
+
+def with_packs(num_packs, pack_size=3):
+    sizes = {"num_packs": num_packs, "pack_size": pack_size}
+    return {
+        f"evaluation.matrix.{name}.{key}": value for name in ENTRIES for key, value in sizes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Trajectories of a player that acts on its hints and notes what is true."""
+    return evaluator(SloppyPlayer(follows=True, writes_truth=True), **with_packs(60)).run(None)
+
+
+def solves(trajectory):
+    return trajectory.episodes_of(types.EpisodeKind.SOLVE_TASK)
+
+
+def hints(trajectory):
+    return [episode.hint_in for episode in solves(trajectory)]
+
+
+def mean_rewards(trajectories):
+    rewards = [[episode.reward for episode in solves(one)] for one in trajectories]
+    return np.mean(rewards, axis=0)
+
+
+def test_undisturbed_entries_come_before_controls(runs):
+    assert list(runs) == ENTRIES
+    assert all(len(trajectories) == 60 for trajectories in runs.values())
+
+
+def test_an_undisturbed_pack_carries_its_hints_on(runs):
+    for trajectory in runs["lake"]:
+        updates = trajectory.episodes_of(types.EpisodeKind.UPDATE_CONTEXT)
+        assert hints(trajectory) == [NULL_HINT, *(update.hint_out for update in updates)]
+        truth = lake.draw_codes(trajectory.pack.seed)
+        note = hints(trajectory)[2]
+        assert note == NULL_HINT or all(
+            truth[code] == letter for code, letter in zip(note[::2], note[1::2], strict=True)
+        )
+    assert mean_rewards(runs["lake"])[2] > mean_rewards(runs["lake"])[0] + 0.2
+
+
+def test_blanked_hints_are_blank_everywhere(runs):
+    for trajectory in runs["hint_blanked"]:
+        assert {episode.hint_in for episode in trajectory.episodes} == {NULL_HINT}
+    updates = [e.hint_out for t in runs["hint_blanked"] for e in t.episodes]
+    assert set(updates) != {NULL_HINT}  # notes are written, and thrown away
+    assert np.ptp(mean_rewards(runs["hint_blanked"])) < 0.2
+
+
+def test_swapped_hints_are_those_of_the_next_pack(runs):
+    donors = runs["lake"][1:] + runs["lake"][:1]
+    for swapped, donor in zip(runs["hint_swapped"], donors, strict=True):
+        assert hints(swapped) == hints(donor)
+        assert swapped.pack.seed != donor.pack.seed
+    assert np.ptp(mean_rewards(runs["hint_swapped"])) < 0.25
+
+
+def test_swapped_hints_need_no_undisturbed_entry():
+    made = evaluator(SloppyPlayer(follows=True, writes_truth=True), **with_packs(4))
+    with made.config.evaluation.matrix.unlocked():
+        for name in ("lake", "hint_blanked", "ralph_sample", "ralph_full"):
+            del made.config.evaluation.matrix[name]
+    (trajectories,) = made.run(None).values()
+    assert [hints(t)[0] for t in trajectories] == [NULL_HINT] * 4
+    assert {hint for t in trajectories for hint in hints(t)} != {NULL_HINT}
+
+
+def test_entries_meet_the_same_worlds(runs):
+    seeds = [t.pack.seed for t in runs["lake"]]
+    assert len(set(seeds)) == 60
+    for name in ("hint_blanked", "hint_swapped"):
+        assert [t.pack.seed for t in runs[name]] == seeds
+    again = evaluator(SloppyPlayer(follows=False, writes_truth=False), **with_packs(5)).run(None)
+    assert [t.pack.seed for t in again["lake"]] == seeds[:5]
+
+
+def test_ralph_entries_repeat_one_task(runs):
+    for name, per_pack in (("ralph_sample", 3), ("ralph_full", 1)):
+        first_rows = [t.pack.tasks[0].index for t in runs[name]]
+        assert first_rows == list(range(0, 60 * per_pack, per_pack))
+        for trajectory in runs[name]:
+            assert len({task.index for task in trajectory.pack.tasks}) == 1
+            assert trajectory.pack.mode == name
+            assert len(solves(trajectory)) == 3
+
+
+def test_more_packs_than_slots_are_run_in_parts():
+    """4 slots: 10 packs are 3 parts, and the outcome of a pack does not depend on its part."""
+    player = SloppyPlayer(follows=True, writes_truth=True)
+    made = evaluator(player, **with_packs(10))
+    found = made.run(None)
+    assert made.sampler.peak_in_flight == 4
+    wide = evaluator(player, **with_packs(10), **{"engine.num_slots": 64})
+    for name, trajectories in wide.run(None).items():
+        assert [t.episodes for t in map(without_turns, trajectories)] == [
+            t.episodes for t in map(without_turns, found[name])
+        ]
+    assert wide.sampler.peak_in_flight == 10
+
+
+def without_turns(trajectory):
+    """Arrays have no `==` of their own."""
+    replace = types.dataclasses.replace
+    return replace(trajectory, episodes=tuple(replace(e, turns=()) for e in trajectory.episodes))
+
+
+def test_too_few_rows_are_refused():
+    config = tiny()
+    taskset = build.load_tasksets(config, ["lake_test"])["lake_test"]
+    entry = config_lib.evaluation(taskset="lake_test", pack_size=8, num_packs=1025)
+    with pytest.raises(ValueError, match=r"needs 8200 rows of tasksets\.lake_test, which has 8192"):
+        evaluate.entry_packs(entry, taskset)
+
+
+# Means and intervals.
+
+
+def test_mean_and_interval_by_hand():
+    # deviations -1 -1 1 1: variance 4/3 with 3 degrees of freedom, over 4 values
+    mean, half_width = evaluate.mean_and_ci95([1.0, 1.0, 3.0, 3.0])
+    assert mean == 2.0
+    assert half_width == pytest.approx(1.96 * (4 / 3 / 4) ** 0.5)
+    assert evaluate.mean_and_ci95([True, False, False, False])[0] == 0.25
+    assert evaluate.mean_and_ci95([0.7]) == (0.7, 0.0)
+    assert evaluate.mean_and_ci95([0.5] * 10) == (0.5, 0.0)
+
+
+def test_the_summary_is_over_packs(runs):
+    chat = chats.load_chat("builtin:symbols")
+    positions = evaluate.summarise(runs["lake"], chat)
+    np.testing.assert_allclose([p["reward"] for p in positions], mean_rewards(runs["lake"]))
+    lengths = [[len(hint) for hint in hints(t)] for t in runs["lake"]]
+    np.testing.assert_allclose([p["hint_tokens"] for p in positions], np.mean(lengths, axis=0))
+    tokens = [[2 * len(e.turns) for e in solves(t)] for t in runs["lake"]]  # a code and its end
+    np.testing.assert_allclose([p["response_tokens"] for p in positions], np.mean(tokens, axis=0))
+    assert [p["format_error"] for p in positions] == [0.0] * 3
+
+
+def test_runs_that_the_machinery_spoiled_are_left_out_and_counted():
+    player = SloppyPlayer(follows=True, writes_truth=True)
+    seen = []
+
+    def fails_once(prompt, rng):
+        seen.append(prompt)
+        if len(seen) == 6:
+            raise samplers.SamplerError("the server is gone")
+        return player(prompt, rng)
+
+    made = evaluator(fails_once, **with_packs(4))
+    found = made.run(None)
+    summary = evaluate._summary(made.config, made.chat, found)
+    counts = [(e["num_packs"], e["dropped_packs"]) for e in summary["tasksets"].values()]
+    assert sorted(counts) == [(3, 1)] + [(4, 0)] * 4
+    assert all(len(entry["positions"]) == 3 for entry in summary["tasksets"].values())
+
+
+def test_a_report_of_nothing_but_failures(tmp_path, capsys):
+    def fails(prompt, rng):
+        raise samplers.SamplerError("the server is gone")
+
+    made = evaluator(fails, **with_packs(2))
+    found = made.run(None)
+    report = {"checkpoint": "step 1", **evaluate._summary(made.config, made.chat, found)}
+    report["ladder"] = {}
+    assert report["tasksets"]["lake"]["positions"] == []
+    evaluate._write(tmp_path, report, {"step 1": found})
+    evaluate.show(report)
+    assert "step 1: lake" in capsys.readouterr().out
