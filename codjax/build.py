@@ -82,29 +82,58 @@ def load_tasksets(config: ConfigDict, names: Sequence[str]) -> dict[str, TaskSet
 
 
 def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
-    """The model with its first weights: random ones, or those of a Hugging Face folder.
+    """The structure of the model, without weights: shapes stand in their place.
 
     Raises:
         ConfigError: the tokenizer has ids that the model has no embedding for.
     """
-    if config.model.source != "init":
-        model = models.from_pretrained(
-            pathlib.Path(config.model.source).expanduser(),
+    if config.model.source == "init":
+        sizes = config.model.to_dict()
+        del sizes["source"]
+        shape = models.DecoderConfig(vocab_size=chat.vocab_size, **sizes)
+    else:
+        shape = models.read_config(
+            _folder(config),
             dtype=config.model.dtype,
             param_dtype=config.model.param_dtype,
             remat=config.model.remat,
         )
         checks.require(
-            chat.vocab_size <= model.config.vocab_size,
+            chat.vocab_size <= shape.vocab_size,
             "tokenizer.source",
-            f"have at most {model.config.vocab_size} tokens",
+            f"have at most {shape.vocab_size} tokens",
             "model.source has no embeddings for more",
             chat.vocab_size,
         )
-        return model
-    sizes = config.model.to_dict()
-    del sizes["source"]
-    return models.init(models.DecoderConfig(vocab_size=chat.vocab_size, **sizes), seed=config.seed)
+    return nnx.eval_shape(lambda: models.init(shape, seed=0))
+
+
+def first_params(
+    config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh
+) -> learner.Params:
+    """The weights that a run begins with, on the mesh: random, or those of the folder."""
+    if config.model.source != "init":
+        loaded = models.from_pretrained(
+            _folder(config),
+            dtype=config.model.dtype,
+            param_dtype=config.model.param_dtype,
+            remat=config.model.remat,
+            place=sharding.place(mesh),
+        )
+        return params_of(loaded)
+    return jax.jit(
+        lambda: params_of(models.init(model.config, seed=config.seed)),
+        out_shardings=sharding.param_shardings(model, mesh),
+    )()
+
+
+def abstract_params(model: models.Qwen3, mesh: jax.sharding.Mesh) -> learner.Params:
+    """Shapes and shardings of the parameters, to restore them to."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params_of(model),
+        sharding.param_shardings(model, mesh),
+    )
 
 
 def params_of(model: models.Qwen3) -> learner.Params:
@@ -196,3 +225,7 @@ def make_engine(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh
         **config.engine.to_dict(),
         cache_sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
     )
+
+
+def _folder(config: ConfigDict) -> pathlib.Path:
+    return pathlib.Path(config.model.source).expanduser()

@@ -43,6 +43,21 @@ from codjax.rollout import episode as episodes_lib
 
 _logger = logging.getLogger(__name__)
 
+# What a checkpoint cannot tell by its shapes, and must be as in training.
+_SAME = (
+    "tokenizer",
+    "model.source",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.rope_theta",
+    "model.norm_eps",
+    "model.tie_embeddings",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluator:
@@ -55,7 +70,6 @@ class Evaluator:
 
     def run(self, params: learner.Params) -> dict[str, list[types.Trajectory]]:
         """Trajectories of every entry of the matrix under these parameters, one per pack."""
-        self.sampler.load_weights(params, policy_version=0)
         matrix = self.config.evaluation.matrix
         found: dict[str, list[types.Trajectory]] = {}
         plain: dict[str, list[types.Trajectory]] = {}
@@ -65,21 +79,25 @@ class Evaluator:
             twin = json.dumps([entry.taskset, entry.mode, entry.pack_size, entry.num_packs])
             if entry.condition == "hint_swapped":
                 if twin not in plain:
-                    plain[twin] = self._run_entry(entry, [])
-                found[name] = self._run_entry(entry, _swapped_hints(plain[twin]))
+                    plain[twin] = self._run_entry(params, entry, [])
+                hints = _swapped_hints(plain[twin])
+                found[name] = self._run_entry(params, entry, hints) if hints else []
             elif entry.condition == "hint_blanked":
-                found[name] = self._run_entry(entry, [], blanks_hints=True)
+                found[name] = self._run_entry(params, entry, [], blanks_hints=True)
             else:
-                found[name] = plain[twin] = self._run_entry(entry, [])
+                found[name] = plain[twin] = self._run_entry(params, entry, [])
         return {name: found[name] for name in entry_names(self.config)}
 
     def _run_entry(
         self,
+        params: learner.Params,
         entry: ConfigDict,
         overrides: list[runner.HintOverride],
         *,
         blanks_hints: bool = False,
     ) -> list[types.Trajectory]:
+        # Anew for every entry, so that none depends on what the others left in the cache.
+        self.sampler.load_weights(params, policy_version=0)
         taskset = self.tasksets[entry.taskset]
         settings = dataclasses.replace(
             episodes_lib.settings_from(
@@ -127,8 +145,8 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
         checkpoints.CheckpointError: there is no such checkpoint.
     """
     validation.validate(config)
-    workdirs.prepare(pathlib.Path(workdir))
-    workdirs.check_same(pathlib.Path(workdir), config, ("model", "tokenizer"))
+    if pathlib.Path(workdir).exists():  # better to know now than after the evaluation
+        workdirs.prepare(pathlib.Path(workdir))
     chat = chats.load_chat(config.tokenizer.source)
     model = build.make_model(config, chat)
     mesh = build.make_mesh(config, model)
@@ -149,6 +167,7 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     for base, base_trajectories in others:
         report["base"] = {"checkpoint": base, **_summary(config, chat, base_trajectories)}
     report["ladder"] = _ladders(config)
+    workdirs.prepare(pathlib.Path(workdir))
     _write(pathlib.Path(workdir), report, runs)
     show(report)
     _show_packs(runs)
@@ -280,11 +299,7 @@ def _candidates(
     workdir: str,
 ) -> dict[str, learner.Params]:
     """Parameters to evaluate by label: the checkpoint asked for, then the base model."""
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        build.params_of(model),
-        sharding.param_shardings(model, mesh),
-    )
+    like = build.abstract_params(model, mesh)
     text = str(checkpoint)
     folder = pathlib.Path(text)
     if (folder / "config.json").exists() and not (folder / "checkpoints").exists():
@@ -300,6 +315,7 @@ def _candidates(
         workdir, text = text, "latest"
     elif folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
         workdir, text = str(folder.resolve().parent.parent), folder.name
+    workdirs.check_same(pathlib.Path(workdir), config, _SAME)
     store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     try:
         step = _step_of(text, store, workdir)
@@ -339,13 +355,18 @@ def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
 
 
 def _swapped_hints(donors: Sequence[types.Trajectory]) -> list[runner.HintOverride]:
-    """Per pack, the hints that the next pack had at the same positions."""
+    """Per pack, the hints that the next intact pack had at the same positions; [] without two."""
+    intact = [i for i, donor in enumerate(donors) if donor.failure is None]
+    if len(intact) < 2:
+        _logger.warning("No hints to swap: fewer than two packs ran to their end.")
+        return []
 
-    def override(donor: types.Trajectory) -> runner.HintOverride:
-        solves = donor.episodes_of(types.EpisodeKind.SOLVE_TASK)
-        return lambda position, hint: solves[position].hint_in if position < len(solves) else hint
+    def override(index: int) -> runner.HintOverride:
+        after = [i for i in intact if i > index] + [i for i in intact if i < index]
+        solves = donors[after[0]].episodes_of(types.EpisodeKind.SOLVE_TASK)
+        return lambda position, hint: solves[position].hint_in
 
-    return [override(donors[(i + 1) % len(donors)]) for i in range(len(donors))]
+    return [override(index) for index in range(len(donors))]
 
 
 def _summary(
@@ -403,6 +424,7 @@ def _write(
     lines = {}
     for label, source in (("base model", report.get("base")), ("trained", report)):
         for name, entry in (source or {"tasksets": {}})["tasksets"].items():
-            lines[f"{label}: {name}"] = entry["positions"]
+            if entry["positions"]:
+                lines[f"{label}: {name}"] = entry["positions"]
     first: Mapping[str, Sequence[float]] = next(iter(report["ladder"].values()), {})
     plots.plot_reward_by_position(lines, first, workdir / "reward_by_position.png")

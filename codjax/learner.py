@@ -1,7 +1,7 @@
 """The learner: a `TokenBatch` in, new weights out.
 
     learner = Learner(model, optimizer=…, objective=…, mesh=…, rows_per_microbatch=…)
-    state = learner.init_state()
+    state = learner.init_state(params)
     state, metrics = learner.update(state, batch)
 
 An update runs over micro-batches of a fixed shape. Each adds its gradient to an accumulator
@@ -82,9 +82,18 @@ class Learner:
         mesh: jax.sharding.Mesh,
         rows_per_microbatch: int,
     ):
-        """Lay out the shardings; programs compile at their first call."""
+        """Lay out the shardings; programs compile at their first call.
+
+        Args:
+            model: its structure and shapes are read; it may be abstract (`nnx.eval_shape`).
+            optimizer: of the whole tree of parameters.
+            schedule: its learning rate, for the metric.
+            objective: what to minimise.
+            mesh: of `sharding.make_mesh`.
+            rows_per_microbatch: rows on the devices at once.
+        """
         self._graphdef, variables = nnx.split(model)
-        self._initial_params = nnx.to_pure_dict(variables)
+        self._shapes = jax.eval_shape(lambda: nnx.to_pure_dict(variables))
         self._optimizer, self._schedule, self._objective = optimizer, schedule, objective
         self._rows = rows_per_microbatch
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -101,17 +110,28 @@ class Learner:
         self._score = jax.jit(self._score_fn)
         self._zeros = jax.jit(self._zeros_fn, out_shardings=(self.param_shardings, None))
 
-    def init_state(self, params: Params | None = None) -> TrainState:
-        """A state at step 0 with these parameters, or the model's own, laid out on the mesh."""
-        params = self._initial_params if params is None else params
-        # A copy: the first update gives the buffers of the state away.
-        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.param_shardings)(
-            params
+    def init_state(self, params: Params) -> TrainState:
+        """A state at step 0 with a copy of these parameters, laid out on the mesh."""
+        # A copy, since the first update gives the buffers of the state away.
+        copy = jax.jit(
+            lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.state_shardings.params
         )
-        opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(
-            params
-        )
+        params = copy(params)
+        opt_state = jax.jit(self._init_fn, out_shardings=self.state_shardings.opt_state)(params)
         return TrainState(params, opt_state, jax.device_put(jnp.int32(0), self._replicated))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state, to restore a checkpoint to."""
+        shapes = TrainState(
+            self._shapes,
+            jax.eval_shape(self._init_fn, self._shapes),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.state_shardings,
+        )
 
     def update(
         self, state: TrainState, batch: types.TokenBatch
@@ -168,15 +188,18 @@ class Learner:
 
     def _state_shardings(self) -> TrainState:
         """Every optimizer moment lies as its parameter does; the rest is replicated."""
-        shapes = jax.eval_shape(lambda p: p, self._initial_params)
         opt_state = optax.tree_utils.tree_map_params(
             self._optimizer,
             lambda _, sharding: sharding,
-            jax.eval_shape(self._optimizer.init, shapes),
+            jax.eval_shape(self._init_fn, self._shapes),
             self.param_shardings,
             transform_non_params=lambda _: self._replicated,
         )
         return TrainState(self.param_shardings, opt_state, self._replicated)
+
+    def _init_fn(self, params: Params) -> optax.OptState:
+        """Moments in float32, as the gradients that will be averaged in them."""
+        return self._optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
     def _forward(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Log-probability and entropy of every scored entry: `[B K]`, `[B K]`."""

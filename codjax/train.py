@@ -34,6 +34,7 @@ from codjax import (
     learner,
     losses,
     metrics,
+    models,
     packs,
     progress,
     seeds,
@@ -83,7 +84,7 @@ class _Run:
     config: ConfigDict
     chat: chats.Chat
     tasksets: Mapping[str, build.TaskSet]
-    model: Any
+    model: models.Qwen3  # without weights
     mesh: jax.sharding.Mesh
     learner: learner.Learner
     sampler: engine.Engine
@@ -152,6 +153,8 @@ class _Rollouts:
 
     def close(self) -> None:
         """Wait for what is being sampled and end the thread."""
+        if self._ahead is not None and not self._ahead.done():
+            _logger.info("Waiting for the rollout that is being sampled.")
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
@@ -162,32 +165,27 @@ def _begin(
     latest = store.latest_step()
     if latest is not None:
         _logger.info("Resuming %s from step %d.", folder, latest)
-        shapes = jax.eval_shape(run.learner.init_state)
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            shapes,
-            run.learner.state_shardings,
-        )
-        return store.restore(latest, like)
+        return store.restore(latest, run.learner.abstract_state())
     state = run.learner.init_state(_warm_up(run, folder))
     loop = {"step": 0, "waiting": None}
     store.save(0, state, loop)
     return state, loop
 
 
-def _warm_up(run: _Run, folder: pathlib.Path) -> learner.Params | None:
-    """Parameters after the warm-up that the config asks for, or None."""
+def _warm_up(run: _Run, folder: pathlib.Path) -> learner.Params:
+    """The parameters that RL begins with: the first ones, after the warm-up if there is one."""
     num_steps = run.config.warmup.num_steps
+    params = build.first_params(run.config, run.model, run.mesh)
     if not num_steps:
-        return None
+        return params
     steps = warmup.run(
         run.config,
         chat=run.chat,
         model=run.model,
+        params=params,
         mesh=run.mesh,
         tasksets=list(run.tasksets.values()),
     )
-    params = None
     with (
         (folder / "warmup.jsonl").open("w") as file,
         progress.Progress("warm-up", total=num_steps, every=100) as bar,
@@ -220,7 +218,7 @@ def _loop(
         packs_per_step=config.metrics.packs_per_step,
         decode=run.chat.show,
     )
-    run.sampler.load_weights(_copy(state.params), policy_version=start)
+    run.sampler.load_weights(_copy(state.params), policy_version=int(state.step))
     try:
         with (
             metrics.MetricsWriter(folder, start + 1, config.metrics.tensorboard) as writer,
@@ -228,10 +226,11 @@ def _loop(
         ):
             for step in range(start, config.num_steps):
                 clock = _Clock()
+                version = int(state.step)  # lags behind `step` by the steps without training
                 groups = rollouts.take(step)
                 clock.lap("rollout_s")
                 if config.rollout.steps_ahead:  # at the last step too: the run may be extended
-                    run.sampler.load_weights(_copy(state.params), policy_version=step)
+                    run.sampler.load_weights(_copy(state.params), policy_version=version)
                     rollouts.begin(step + 1)
                 state, scored, numbers = _train_on(run, state, groups, reference, clock)
                 if not numbers["batching/trained_tokens"]:
@@ -240,9 +239,9 @@ def _loop(
                         step + 1,
                     )
                 if not config.rollout.steps_ahead:
-                    run.sampler.load_weights(_copy(state.params), policy_version=step + 1)
-                numbers |= metrics.rollout_metrics(groups, policy_version=step)
-                numbers["rollout/dropped_tasks"] = draw_packs(run, step)[1]
+                    run.sampler.load_weights(_copy(state.params), policy_version=int(state.step))
+                numbers |= metrics.rollout_metrics(groups, policy_version=version)
+                numbers["rollout/dropped_tasks"] = draw_packs(config, run.tasksets, step)[1]
                 numbers |= clock.metrics(numbers)
                 writer.write(step + 1, numbers)
                 if (step + 1) % config.metrics.packs_every_steps == 0:
@@ -255,18 +254,19 @@ def _loop(
         rollouts.close()
 
 
-def draw_packs(run: _Run, step: int) -> tuple[list[types.Pack], int]:
+def draw_packs(
+    config: ConfigDict, tasksets: Mapping[str, build.TaskSet], step: int
+) -> tuple[list[types.Pack], int]:
     """The packs of a rollout step, and how many of its tasks are in none of them."""
-    config = run.config
     drawn = packs.step_tasks(
-        {name: taskset.records for name, taskset in run.tasksets.items()},
+        {name: taskset.records for name, taskset in tasksets.items()},
         step=step,
         tasks_per_step=config.rollout.tasks_per_step,
         seed=config.seed,
     )
     # The id in the config, not in `rollout.tasksets`: no pack of a test set gets a training seed.
     tasks = [
-        dataclasses.replace(task, taskset_id=run.tasksets[task.taskset].taskset_id)
+        dataclasses.replace(task, taskset_id=tasksets[task.taskset].taskset_id)
         for task in drawn.tasks
     ]
     rules = {
@@ -281,7 +281,7 @@ def draw_packs(run: _Run, step: int) -> tuple[list[types.Pack], int]:
 def sample_step(run: _Run, step: int) -> Groups:
     """The trajectories of a step, group by group: a function of the step and the weights."""
     config = run.config
-    step_packs, _ = draw_packs(run, step)
+    step_packs, _ = draw_packs(config, run.tasksets, step)
     return asyncio.run(
         runner.run_packs(
             step_packs,
@@ -321,32 +321,34 @@ def training_sequences(
 def dry_run(config: ConfigDict) -> str:
     """The resolved config, and how much work follows from it; touches no device."""
     validation.validate(config)
-    size = config.packs.size
-    num_packs = config.rollout.tasks_per_step // size
-    if config.packs.pad_to_full:
-        num_packs = -(-config.rollout.tasks_per_step // size)
-    if config.packs.mode == types.PackMode.RALPH_FULL:
-        num_packs = config.rollout.tasks_per_step
-    runs = num_packs * config.rollout.group_size
-    updates = runs * (size - 1)
-    solves = runs * size
-    total = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    lines = [
-        json.dumps(json.loads(config.to_json_best_effort()), indent=2),
-        "",
-        f"rollout steps            {config.num_steps:,}, each with one optimizer step",
-        f"packs per step           {num_packs:,} of {size} tasks"
-        f" ({config.rollout.tasks_per_step:,} tasks drawn)",
-        f"runs per step            {runs:,} ({config.rollout.group_size} of every pack)",
-        f"episodes per step        {solves:,} solve, {updates:,} update",
-        f"samples per step         at least {solves + updates:,} model calls, one per turn",
-        f"tokens per sample        at most {total:,}"
-        f" ({config.rollout.max_response_tokens:,} sampled)",
-        f"sampled tokens per step  at most {config.rollout.max_response_tokens:,} per model call",
-        f"runs of the whole        {runs * config.num_steps:,}",
-        f"warm-up                  {config.warmup.num_steps:,} steps of imitation",
+    tasksets = build.load_tasksets(config, config.rollout.tasksets)
+    step_packs, num_dropped = draw_packs(config, tasksets, 0)
+    group, cap = config.rollout.group_size, config.rollout.max_response_tokens
+    runs = len(step_packs) * group
+    solves, updates = runs * config.packs.size, runs * (config.packs.size - 1)
+    turns = sum(
+        group * config.packs.size * tasksets[pack.tasks[0].taskset].rules().env_factory().max_turns
+        for pack in step_packs
+    )
+    most, longest = turns + updates, config.rollout.max_prompt_tokens + cap
+    dropped = f", {num_dropped} of them in no pack" if num_dropped else ""
+    rows = [
+        ("rollout steps", f"{config.num_steps:,}, each with one optimizer step"),
+        ("warm-up", f"{config.warmup.num_steps:,} optimizer steps of imitation"),
+        (
+            "packs per step",
+            f"{len(step_packs):,} of {config.packs.size} tasks"
+            f" ({config.rollout.tasks_per_step:,} tasks drawn{dropped})",
+        ),
+        ("runs per step", f"{runs:,} ({group} of every pack)"),
+        ("episodes per step", f"{solves:,} solve, {updates:,} update"),
+        ("samples per step", f"{solves + updates:,} to {most:,} model calls, one per turn"),
+        ("tokens per sample", f"at most {longest:,}, of which {cap:,} sampled"),
+        ("tokens per step", f"at most {most * longest:,}, of which {most * cap:,} sampled"),
+        ("runs of the whole", f"{runs * config.num_steps:,}"),
     ]
-    return "\n".join(lines)
+    resolved = json.dumps(json.loads(config.to_json_best_effort()), indent=2)
+    return "\n".join([resolved, "", *(f"{name:<20}{text}" for name, text in rows)])
 
 
 def _train_on(
@@ -389,13 +391,7 @@ def _reference(run: _Run, store: checkpoints.Checkpoints) -> learner.Params | No
     if not run.config.loss.kl_coef:
         return None
     store.wait()
-    shapes = jax.eval_shape(run.learner.init_state).params
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        run.learner.param_shardings,
-    )
-    return store.restore_params(0, like)
+    return store.restore_params(0, build.abstract_params(run.model, run.mesh))
 
 
 def _copy(params: learner.Params) -> learner.Params:

@@ -202,18 +202,12 @@ class TokenBatch(NamedTuple):
     tokens: Leaf  # int32 [B T]
     token_positions: Leaf  # int32 [B T], depth from the sequence's own start
     subtree_end: Leaf  # int32 [B T], index one past the last descendant
-    source: (
-        jax.Array | np.ndarray
-    )  # int32 [B K], index in the row of the hidden state that predicts
+    source: Leaf  # int32 [B K], index in the row of the hidden state that predicts
     target: Leaf  # int32 [B K], the token id that was sampled
     sampler_logprobs: Leaf  # float32 [B K]
-    ref_logprobs: (
-        jax.Array | np.ndarray
-    )  # float32 [B K], of the reference model; zeros when there is none
+    ref_logprobs: Leaf  # float32 [B K], of the reference model; zeros when there is none
     advantages: Leaf  # float32 [B K]
     weights: Leaf  # float32 [B K], the entry's share of the loss; 0 on padding
     sample_ids: Leaf  # int32 [B K], index of the entry's sample within its row
-    normaliser: (
-        jax.Array | np.ndarray
-    )  # float32 [], what the sum over the whole train batch is divided by
+    normaliser: Leaf  # float32 [], what the sum over the whole train batch is divided by
     num_scored: Leaf  # int32 [], entries of the whole train batch

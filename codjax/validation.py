@@ -75,6 +75,13 @@ def validate(config: ConfigDict) -> None:
     checks.at_least(config, "seed", 0, "seeds are hashed as such")
     checks.at_least(config, "num_steps", 0, "it counts rollout steps")
     _check_model(config.model)
+    checks.require(
+        config.model.param_dtype == "float32" or config.num_steps == 0,
+        "model.param_dtype",
+        'be "float32" to train',
+        "steps of the usual size round to nothing in bfloat16; model.dtype may be bfloat16",
+        config.model.param_dtype,
+    )
     _check_tokenizer(config.tokenizer)
     _check_mesh(config.mesh, config.model)
     _check_packs(config.packs)
@@ -84,7 +91,7 @@ def validate(config: ConfigDict) -> None:
     _check_loss(config.loss, config.credit)
     _check_optimizer(config.optimizer, "optimizer", config.num_steps)
     _check_batching(config.batching, config.rollout, config.mesh)
-    _check_warmup(config.warmup, config.rollout, config.tasksets)
+    _check_warmup(config)
     checks.at_least(config.checkpoint, "checkpoint.every_steps", 1, "it is a distance in steps")
     checks.at_least(config.checkpoint, "checkpoint.keep", 1, "a run resumes from the newest one")
     _check_evaluation(config)
@@ -385,7 +392,8 @@ def _check_batching(batching: ConfigDict, rollout: ConfigDict, mesh: ConfigDict)
     )
 
 
-def _check_warmup(warmup: ConfigDict, rollout: ConfigDict, tasksets: ConfigDict) -> None:
+def _check_warmup(config: ConfigDict) -> None:
+    warmup, rollout, batching = config.warmup, config.rollout, config.batching
     checks.at_least(warmup, "warmup.num_steps", 0, "it counts steps; 0 is no warm-up")
     checks.at_least(warmup, "warmup.batch_episodes", 1, "it counts demonstrations")
     checks.at_least(
@@ -394,8 +402,16 @@ def _check_warmup(warmup: ConfigDict, rollout: ConfigDict, tasksets: ConfigDict)
     for name in ("follow_frac", "true_hint_in_frac", "true_hint_out_frac"):
         checks.fraction(warmup, f"warmup.{name}")
     if warmup.num_steps > 0:
+        _check_optimizer(warmup.optimizer, "warmup.optimizer", warmup.num_steps)
+        if batching.scored_per_row is not None:
+            checks.at_least(
+                batching,
+                "batching.scored_per_row",
+                rollout.max_prompt_tokens + rollout.max_response_tokens,
+                "the warm-up scores every token of a conversation",
+            )
         for name in rollout.tasksets:
-            env = tasksets[name].env
+            env = config.tasksets[name].env
             checks.require(
                 env in COMPACT_ENVS,
                 f"tasksets.{name}.env",
@@ -403,7 +419,6 @@ def _check_warmup(warmup: ConfigDict, rollout: ConfigDict, tasksets: ConfigDict)
                 "the scripted player plays nothing else; set warmup.num_steps to 0",
                 env,
             )
-        _check_optimizer(warmup.optimizer, "warmup.optimizer", warmup.num_steps)
 
 
 def _check_evaluation(config: ConfigDict) -> None:

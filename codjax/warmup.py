@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from codjax import batching, build, learner, models, seeds, types
+from codjax import batching, build, checks, learner, models, seeds, types
 from codjax import chat as chats
 from codjax.envs import frozen_lake_compact as lake
 from codjax.rollout import episode as episodes
@@ -127,6 +127,7 @@ def run(
     *,
     chat: chats.Chat,
     model: models.Qwen3,
+    params: learner.Params,
     mesh: jax.sharding.Mesh,
     tasksets: Sequence[build.TaskSet],
 ) -> Iterator[tuple[learner.TrainState, dict[str, float]]]:
@@ -144,7 +145,7 @@ def run(
         objective=learner.imitation_objective(),
         num_steps=warm.num_steps,
     )
-    state = imitator.init_state()
+    state = imitator.init_state(params)
     for step in range(warm.num_steps):
         chosen = _chosen(step, len(demos), warm.batch_episodes, seed=config.seed)
         batch, _ = batching.batch_sequences(
@@ -209,6 +210,11 @@ def _imitated(played: Sequence[types.Episode]) -> list[types.Sequence]:
     """The conversations as sequences; a prefix that was there before is not imitated twice."""
     sequences: list[types.Sequence] = []
     for episode in played:
+        if not episode.turns:
+            raise checks.ConfigError(
+                "rollout.max_prompt_tokens is too small for the demonstrations of the warm-up: a "
+                "prompt of theirs did not fit; raise it."
+            )
         turn = episode.turns[-1]
         tokens = np.concatenate([turn.prompt_tokens, turn.response_tokens])
         is_new = np.ones(len(tokens), bool)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from codjax import batching, checkpoints, checks, learner, losses, models, sharding, types
+from codjax import batching, build, checkpoints, checks, learner, losses, models, sharding, types
 
 CONFIG = models.DecoderConfig(
     vocab_size=24,
@@ -67,19 +67,15 @@ def batch():
     return batching.build_batch(sequences, 12, 8)
 
 
+def first_state(made):
+    return made.init_state(build.params_of(models.init(CONFIG, seed=0)))
+
+
 def after(made, batch, *, num_updates):
-    state = made.init_state()
+    state = first_state(made)
     for _ in range(num_updates):
         state, _ = made.update(state, batch)
     return state
-
-
-def like(made):
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(made.init_state),
-        made.state_shardings,
-    )
 
 
 def on_host(tree):
@@ -115,7 +111,7 @@ def test_saved_restored_and_gone_on_is_never_stopped(made, batch, opened):
     store.save(2, state, LOOP)
     store.wait()
 
-    restored, loop = opened(read_only=True).restore(2, like(made))
+    restored, loop = opened(read_only=True).restore(2, made.abstract_state())
 
     assert loop == LOOP
     assert int(restored.step) == 2
@@ -133,7 +129,7 @@ def test_another_split_of_the_devices_holds_the_same_values(made, batch, opened)
     store.wait()
     for sizes in MESHES:
         other = make_learner(*sizes)
-        restored, _ = store.restore(2, like(other))
+        restored, _ = store.restore(2, other.abstract_state())
         assert_same(restored, state)
         wanted = jax.tree.leaves(other.state_shardings)
         assert [leaf.sharding for leaf in jax.tree.leaves(restored)] == wanted
@@ -145,7 +141,7 @@ def test_parameters_alone(made, batch, opened):
     store.save(1, state, LOOP)
     store.wait()
     whole_on_each = make_learner(8, 1, 1)
-    params = opened(read_only=True).restore_params(1, like(whole_on_each).params)
+    params = opened(read_only=True).restore_params(1, whole_on_each.abstract_state().params)
     assert_same(params, state.params)
 
 
@@ -157,30 +153,30 @@ def test_the_state_may_be_used_up_while_it_is_written(made, batch, opened):
     for _ in range(5):
         state, _ = made.update(state, batch)  # gives the buffers of what is being saved away
     store.wait()
-    restored, _ = store.restore(1, like(made))
+    restored, _ = store.restore(1, made.abstract_state())
     assert_same(restored, expected)
 
 
 def test_step_0_stays_while_old_ones_go(made, opened):
     store = opened(keep=2)
     assert (store.steps(), store.latest_step()) == ([], None)
-    state = made.init_state()
+    state = first_state(made)
     for step in (0, 5, 10, 15):
         store.save(step, state, LOOP | {"step": step})
     store.wait()
     assert (store.steps(), store.latest_step()) == ([0, 10, 15], 15)
-    assert store.restore(10, like(made))[1]["step"] == 10
+    assert store.restore(10, made.abstract_state())[1]["step"] == 10
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(made, opened):
     store = opened()
     with pytest.raises(checkpoints.CheckpointError, match="holds no step 3; there are none"):
-        store.restore_params(3, like(made).params)
+        store.restore_params(3, made.abstract_state().params)
     for step in (0, 4):
-        store.save(step, made.init_state(), LOOP)
+        store.save(step, first_state(made), LOOP)
     store.wait()
     with pytest.raises(checkpoints.CheckpointError, match=r"holds no step 3; there are \[0, 4\]"):
-        store.restore_params(3, like(made).params)
+        store.restore_params(3, made.abstract_state().params)
     assert issubclass(checkpoints.CheckpointError, checks.ConfigError)  # one line, exit status 2
 
 
@@ -192,7 +188,7 @@ def test_reading_where_nothing_was_written_is_refused(tmp_path, opened):
 
 def test_what_a_killed_process_left_is_not_seen_and_is_removed(made, tmp_path, opened):
     store = opened()
-    store.save(1, made.init_state(), LOOP)
+    store.save(1, first_state(made), LOOP)
     store.close()
     half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     (half / "params.orbax-checkpoint-tmp").mkdir(parents=True)
@@ -204,7 +200,7 @@ def test_what_a_killed_process_left_is_not_seen_and_is_removed(made, tmp_path, o
 
     writer = opened()
     assert (writer.steps(), writer.latest_step()) == ([1], 1)
-    writer.save(2, made.init_state(), LOOP)  # waits until the folder is clean
+    writer.save(2, first_state(made), LOOP)  # waits until the folder is clean
     writer.wait()
     assert writer.steps() == [1, 2]
     assert sorted(path.name for path in half.parent.iterdir()) == ["1", "2"]
@@ -213,14 +209,14 @@ def test_what_a_killed_process_left_is_not_seen_and_is_removed(made, tmp_path, o
 def test_an_old_step_that_was_being_removed_disturbs_nobody(made, tmp_path, opened):
     store = opened(keep=2)
     for step in (0, 1, 2):
-        store.save(step, made.init_state(), LOOP | {"step": step})
+        store.save(step, first_state(made), LOOP | {"step": step})
     store.close()
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "params")
 
     store = opened(keep=2)
-    assert store.restore(store.latest_step(), like(made))[1]["step"] == 2
+    assert store.restore(store.latest_step(), made.abstract_state())[1]["step"] == 2
     for step in (3, 4):
-        store.save(step, made.init_state(), LOOP | {"step": step})
+        store.save(step, first_state(made), LOOP | {"step": step})
     store.wait()
     assert store.steps() == [0, 3, 4]
     assert not (tmp_path / "checkpoints" / "1").exists()

@@ -4,13 +4,11 @@ import json
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
-from codjax import build, checkpoints, cli, config_files, evaluate, models, sharding, train, types
+from codjax import build, checkpoints, cli, config_files, evaluate, models, train, types
 from codjax import chat as chats
 from codjax import config as config_lib
 from codjax.envs import frozen_lake_compact as lake
@@ -23,24 +21,6 @@ TESTS = pathlib.Path(__file__).parent
 TINY = TESTS / "tiny.py"
 NULL_HINT = "?"
 ENTRIES = ["lake", "ralph_full", "ralph_sample", "hint_blanked", "hint_swapped"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every start compiles the same programs: from the second on, they are read from a folder."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def tiny(**changes):
@@ -140,11 +120,7 @@ def test_without_a_base_or_a_ladder(workdir, tmp_path, capsys):
 def params_of_step(workdir, step):
     config = tiny()
     model = build.make_model(config, chats.load_chat(config.tokenizer.source))
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        build.params_of(model),
-        sharding.param_shardings(model, build.make_mesh(config)),
-    )
+    like = build.abstract_params(model, build.make_mesh(config, model))
     store = checkpoints.Checkpoints(workdir, keep=3, read_only=True)
     try:
         return model, store.restore_params(step, like)
@@ -161,6 +137,10 @@ def test_base_is_step_0(report, workdir, tmp_path):
     assert (found["checkpoint"], "base" in found) == ("step 0", False)
     assert found["tasksets"] == report["base"]["tasksets"]
     assert found["tasksets"] != report["tasksets"]
+
+
+def test_the_folder_of_another_run(report, workdir, tmp_path):
+    assert evaluate.main(tiny(), str(workdir), str(tmp_path)) == report
 
 
 def test_the_folder_of_an_orbax_step(report, workdir, tmp_path):
@@ -182,8 +162,8 @@ def test_a_hugging_face_folder(report, workdir, tmp_path):
 
 def test_a_hugging_face_folder_of_another_model_is_refused(workdir, tmp_path):
     other = tiny(**{"model.rope_theta": 2e4})
-    model = build.make_model(other, chats.load_chat(other.tokenizer.source))
-    models.save_pretrained(model, tmp_path / "other")
+    abstract = build.make_model(other, chats.load_chat(other.tokenizer.source))
+    models.save_pretrained(models.init(abstract.config, seed=0), tmp_path / "other")
     with pytest.raises(checkpoints.CheckpointError, match=r"other .*model.* rope_theta"):
         evaluate.main(tiny(), str(tmp_path / "other"), str(tmp_path / "out"))
 
@@ -209,7 +189,7 @@ def test_what_cannot_be_found_is_said_in_one_line(workdir, tmp_path, capsys):
         (["--checkpoint=7"], workdir, "holds no step 7; there are [0, 1, 2]."),
         ([], tmp_path / "nowhere", "holds no checkpoints; train first: codjax train --workdir="),
         ([], tmp_path / "empty", "holds no finished checkpoint; train first: codjax train --work"),
-        (["--checkpoint=newest"], workdir, "--checkpoint must be latest, base, a step, or an exi"),
+        (["--checkpoint=newest"], workdir, "a step, or the folder of a run, of a step (DIR/"),
         ([f"--checkpoint={tmp_path}"], workdir, "--checkpoint must be latest, base, a step, or"),
     ]
     for flags, folder, message in cases:
@@ -219,7 +199,6 @@ def test_what_cannot_be_found_is_said_in_one_line(workdir, tmp_path, capsys):
         assert error.count("\n") == 1
         assert error.startswith("codjax eval: ")
         assert message in error
-    assert not (tmp_path / "nowhere").exists()
 
 
 # What the entries of the matrix do, with a player of which one knows what it does.
@@ -399,6 +378,8 @@ def test_a_report_of_nothing_but_failures(tmp_path, capsys):
         raise samplers.SamplerError("the server is gone")
 
     made = evaluator(fails, **with_packs(2))
+    with made.config.evaluation.matrix.unlocked():
+        del made.config.evaluation.matrix["hint_swapped"]  # has no hints to take
     found = made.run(None)
     report = {"checkpoint": "step 1", **evaluate._summary(made.config, made.chat, found)}
     report["ladder"] = {}

@@ -160,8 +160,9 @@ def test_a_pack_from_end_to_end():
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
         devices=jax.devices()[:1],
     )
+    params = build.first_params(made, model, mesh)
     sampler = build.make_engine(made, model, mesh)
-    sampler.load_weights(build.params_of(model), policy_version=0)
+    sampler.load_weights(params, policy_version=0)
 
     (group,) = groups = roll_out(made, sampler, num_packs=1, group_size=2)
 
@@ -194,7 +195,7 @@ def test_a_pack_from_end_to_end():
         objective=build.make_objective(made),
         num_steps=1,
     )
-    state, metrics = trainer.update(trainer.init_state(), batch)
+    state, metrics = trainer.update(trainer.init_state(params), batch)
     assert int(state.step) == 1
     assert report.scored_tokens == sum(int(s.is_scored.sum()) for s in sequences)
     assert metrics["loss/log_ratio_abs_max"] < 1e-4

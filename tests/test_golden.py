@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from codjax import batching, learner, losses, models, sharding, types
+from codjax import batching, build, learner, losses, models, sharding, types
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "three_updates.json"
 NAMES = ("loss/total", "loss/policy", "loss/entropy", "loss/clip_frac", "optimizer/grad_norm")
@@ -76,7 +76,7 @@ def three_updates():
         ),
         rows_per_microbatch=2,
     )
-    state, found = made.init_state(), []
+    state, found = made.init_state(build.params_of(models.init(config, seed=0))), []
     for _ in range(3):
         batch = batching.build_batch(sequences, 24, 4, scored_per_row=24)
         state, metrics = made.update(state, batch)

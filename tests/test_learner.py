@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from codjax import batching, learner, losses, models, sharding, types
+from codjax import batching, build, learner, losses, models, sharding, types
 
 CONFIG = models.DecoderConfig(
     vocab_size=24,
@@ -78,7 +78,7 @@ def family(seed, count=14):
 
 def loss_and_grads(batch, **options):
     made = make_learner(**options)
-    state = made.init_state()
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
     loss, grads, metrics = made.loss_and_grads(state.params, batch)
     return loss, jax.device_get(grads), metrics
 
@@ -158,7 +158,7 @@ def test_sharded_updates_are_unsharded_updates():
     for mesh in (None, sharding.make_mesh(data=2, fsdp=2, tensor=2)):
         # SGD, since Adam divides noise by noise where a gradient is zero.
         made = make_learner(rows=8, mesh=mesh, optimizer=optax.sgd(0.1, momentum=0.9))
-        state = made.init_state()
+        state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
         for _ in range(3):
             state, _ = made.update(state, batch)
         params.append(jax.device_get(state.params))
@@ -168,7 +168,7 @@ def test_sharded_updates_are_unsharded_updates():
 
 def test_the_second_update_compiles_nothing():
     made = make_learner(rows=2)
-    state = made.init_state()
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
     state, _ = made.update(state, batching.build_batch(family(1), 32, 4, scored_per_row=32))
     compiled = made.num_compilations()
     for seed in range(3):
@@ -180,7 +180,7 @@ def test_the_second_update_compiles_nothing():
 
 def test_zero_advantage_without_decay_moves_no_weight():
     made = make_learner(rows=4, optimizer=optax.adamw(1e-2, weight_decay=0.0))
-    state = made.init_state()
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
     before = jax.device_get(state.params)
     batch = batching.build_batch(family(3), 32, 4)
     state, metrics = made.update(state, batch._replace(advantages=np.zeros_like(batch.advantages)))
@@ -205,7 +205,7 @@ def test_what_stands_on_padding_entries_changes_nothing():
 
 def test_kl_to_the_reference_is_zero_at_the_reference():
     made = make_learner(rows=4, kl_coef=1.0)
-    state = made.init_state()
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
     batch = batching.build_batch(family(3), 32, 4)
     batch = batch._replace(
         ref_logprobs=made.score(state.params, batch), advantages=np.zeros_like(batch.advantages)
@@ -220,7 +220,7 @@ def test_imitation_is_the_mean_negative_log_likelihood():
     sequences = family(6)
     batch = batching.build_batch(sequences, 32, 4)
     made = make_learner(rows=4)
-    state = made.init_state()
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
     batch = batch._replace(advantages=np.ones_like(batch.advantages))
     logprobs = made.score(state.params, batch)
     expected = -np.sum(logprobs * batch.weights) / batch.num_scored
@@ -231,13 +231,16 @@ def test_imitation_is_the_mean_negative_log_likelihood():
 def test_rows_that_do_not_divide_are_refused():
     made = make_learner(rows=4)
     with pytest.raises(ValueError, match="batching.rows_per_microbatch = 4"):
-        made.update(made.init_state(), batching.build_batch(family(1), 64, 3))
+        made.update(
+            made.init_state(build.params_of(models.init(CONFIG, seed=0))),
+            batching.build_batch(family(1), 64, 3),
+        )
 
 
 def test_the_state_lies_where_its_parameters_lie():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     made = make_learner(rows=8, mesh=mesh)
-    state = made.init_state()
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
     placed = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1}
     expected = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1}
     assert placed == expected

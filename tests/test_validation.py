@@ -254,6 +254,8 @@ def test_every_listed_name_passes_alone():
             config = good_config()
             set_key(config, key, name)
             extra = needs.get(name, {}) if "schedule" not in key else {}
+            if key == "model.param_dtype":
+                extra = {"num_steps": 0}  # bfloat16 parameters are for evaluation
             for other, value in extra.items():
                 set_key(config, other, value)
             validation.validate(config)

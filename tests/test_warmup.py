@@ -241,8 +241,10 @@ def test_every_epoch_shows_every_demo_once_in_another_order():
 def test_the_loss_falls(chat):
     config = tiny(num_steps=30, num_demos=64)
     tasksets = list(build.load_tasksets(config, config.rollout.tasksets).values())
-    model, mesh = build.make_model(config, chat), build.make_mesh(config)
-    steps = warmup.run(config, chat=chat, model=model, mesh=mesh, tasksets=tasksets)
+    model = build.make_model(config, chat)
+    mesh = build.make_mesh(config, model)
+    params = build.first_params(config, model, mesh)
+    steps = warmup.run(config, chat=chat, model=model, params=params, mesh=mesh, tasksets=tasksets)
     losses = [metrics["loss/total"] for _, metrics in steps]
     assert len(losses) == 30
     assert losses[0] > np.log(chat.vocab_size) - 0.5  # nothing is known at first

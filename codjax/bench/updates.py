@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from codjax import batching, credit, learner, losses, models, optim, train, types
+from codjax import batching, build, credit, learner, losses, models, optim, train, types
 from codjax.bench import material
 from codjax.config import default_config
 
@@ -122,18 +122,19 @@ def bench(
         pack_size=pack_size, group_size=group_size, max_turns=max_turns, num_thoughts=num_thoughts
     )
     sizes = material.model_config(vocab_size=vocab_size, num_layers=num_layers)
+    peaks: dict[str, float | None] = dict.fromkeys(VARIANTS)
+    if measures_process and jax.default_backend() == "cpu":
+        for name, variant in VARIANTS.items():
+            peaks[name] = _in_own_process(variant, sizes, sequences, row_length)
     contenders = {
         name: _contender(variant, sizes, sequences, row_length)
         for name, variant in VARIANTS.items()
     }
     _check_same({name: one.update() for name, one in contenders.items()})
     times = material.in_turn({name: one.update for name, one in contenders.items()}, rounds=rounds)
-    rows = []
-    for (name, one), variant in zip(contenders.items(), VARIANTS.values(), strict=True):
-        peak = None
-        if measures_process and jax.default_backend() == "cpu":
-            peak = _in_own_process(variant, sizes, sequences, row_length)
-        rows.append(_row(name, one, times[name], process_mib=peak))
+    rows = [
+        _row(name, one, times[name], process_mib=peaks[name]) for name, one in contenders.items()
+    ]
     return material.compare(
         rows, {"x_seconds": "update_s", "x_cpu": "cpu_s", "x_program": "program_mib"}
     )
@@ -159,15 +160,18 @@ def _contender(
     # A script has no log-probs to compare with. Without a clip the loss is the published one at
     # ratio 1, where fresh samples are.
     policy_loss = functools.partial(losses.rec_loss, clip_mode="none", weight_mode="none")
+    model = models.init(models.DecoderConfig(**sizes), seed=0)
     made = variant.make(
-        models.init(models.DecoderConfig(**sizes), seed=0),
+        model,
         optimizer=optim.make_optimizer(optimizer, num_steps=1),
         schedule=optim.make_schedule(optimizer, num_steps=1),
         objective=learner.Objective(policy_loss=policy_loss, temperature=1.0),
         mesh=material.one_device(),
         rows_per_microbatch=1,
     )
-    return _Contender(learner=made, batch=batch, report=report, state=[made.init_state()])
+    return _Contender(
+        learner=made, batch=batch, report=report, state=[made.init_state(build.params_of(model))]
+    )
 
 
 def _check_same(metrics: dict[str, dict[str, float]]) -> None:

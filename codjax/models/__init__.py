@@ -9,7 +9,7 @@ from codjax.models.cache import KVCache, extend, init_cache
 from codjax.models.config import DecoderConfig
 from codjax.models.qwen3 import Qwen3, init, logical_axes
 from codjax.models.scoring import score, score_rows
-from codjax.models.weights import from_pretrained, save_pretrained
+from codjax.models.weights import from_pretrained, read_config, save_pretrained
 
 __all__ = [
     "DecoderConfig",
@@ -20,6 +20,7 @@ __all__ = [
     "init",
     "init_cache",
     "logical_axes",
+    "read_config",
     "save_pretrained",
     "score",
     "score_rows",

@@ -53,6 +53,19 @@ class _Slot(NamedTuple):
     shape: tuple[int, ...]  # of the parameter (of one layer)
 
 
+def read_config(
+    folder: str | pathlib.Path, *, dtype: str, param_dtype: str, remat: str
+) -> DecoderConfig:
+    """The sizes of the model of a Hugging Face folder; reads its config.json alone.
+
+    Raises:
+        FileNotFoundError: no such folder, or it has no config.json.
+        ValueError: a config that we cannot honour.
+    """
+    fields = json.loads(_existing(pathlib.Path(folder) / "config.json").read_text())
+    return DecoderConfig.from_hf(fields, dtype=dtype, param_dtype=param_dtype, remat=remat)
+
+
 def from_pretrained(
     folder: str | pathlib.Path,
     dtype: str = "float32",
@@ -78,10 +91,7 @@ def from_pretrained(
             another shape, all of them listed.
     """
     folder = pathlib.Path(folder)
-    fields = json.loads(_existing(folder / "config.json").read_text())
-    config = DecoderConfig.from_hf(
-        fields, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat
-    )
+    config = read_config(folder, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     files = _tensor_files(folder)
     slots = _slots(config)
     _check_tensors(folder, files, slots, config)

@@ -25,7 +25,12 @@ import numpy as np
 
 from codjax import types
 from codjax.rollout import decoding
-from codjax.rollout.sampler import Generation, PromptTooLongError, SamplingParams
+from codjax.rollout.sampler import (
+    Generation,
+    PromptTooLongError,
+    SamplerError,
+    SamplingParams,
+)
 
 _NUM_STOP_TOKENS = 4  # room for stop tokens per request; a fixed shape, so that nothing recompiles
 
@@ -83,11 +88,16 @@ class Engine:
         self._min_shared_prefix = min_shared_prefix
         make_cache = functools.partial(model.init_cache, num_slots, max_tokens)
         self._cache = jax.jit(make_cache, out_shardings=cache_sharding)()
-        self._prefill = jax.jit(functools.partial(decoding.prefill, model), donate_argnums=(1,))
+        self._prefill = jax.jit(
+            functools.partial(decoding.prefill, model),
+            donate_argnums=(1,),
+            out_shardings=cache_sharding,
+        )
         self._decode = jax.jit(
             functools.partial(decoding.decode, model, num_steps=decode_steps),
             static_argnames=("use_filter",),
             donate_argnums=(1,),
+            out_shardings=(cache_sharding, None, None),
         )
         self._score = jax.jit(model.score)
         self._weights: Any = None
@@ -107,7 +117,7 @@ class Engine:
         if self._waiting or any(self._requests):
             raise RuntimeError("load_weights was called while requests were being answered.")
         self._weights, self._policy_version = weights, policy_version
-        self._num_held[:] = 0
+        self._forget()
 
     async def generate(
         self, prompt: np.ndarray, params: SamplingParams, *, seed: int
@@ -159,13 +169,29 @@ class Engine:
                 if not any(self._requests):
                     return
                 self._decode_some()
-        except Exception as error:
+        except BaseException as error:  # a failed program, or the event loop being torn down
             for request in [*self._waiting, *filter(None, self._requests)]:
                 if not request.future.done():
-                    request.future.set_exception(error)
+                    request.future.set_exception(
+                        SamplerError("the engine was stopped while it answered")
+                        if isinstance(error, asyncio.CancelledError)
+                        else error
+                    )
+                    request.future.exception()  # a caller that is gone has nothing to retrieve
             self._waiting.clear()
             self._requests = [None] * self._num_slots
+            self._forget()
             raise
+
+    def _forget(self) -> None:
+        """As after construction: no slot holds anything, and none was used before another.
+
+        Which slot a request gets decides its row of the batch, and with it the last bits.
+        """
+        self._num_held[:] = 0
+        self._last_used[:] = 0
+        self._clock = 0
+        self._slots.is_active[:] = False
 
     async def _let_callers_go_on(self) -> None:
         """Yield until no caller adds a request any more."""
@@ -195,7 +221,8 @@ class Engine:
         wave: list[_Request] = []
         previous: _Request | None = None
         for request in candidates:
-            shared = 0 if previous is None else _common_prefix(previous.prompt, request.prompt)
+            # The last token of a prompt is never held: the decoder feeds it.
+            shared = _common_prefix(previous.prompt, request.prompt[:-1]) if previous else 0
             held = int(self._held_prefix(request.prompt).max())
             if shared - held < self._min_shared_prefix:
                 wave.append(request)

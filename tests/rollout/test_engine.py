@@ -103,6 +103,54 @@ def test_equal_rollouts_are_equal_bit_for_bit(model):
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
 
 
+def test_what_the_engine_did_before_leaves_no_trace(model):
+    first = [(p, params(), i) for i, p in enumerate(prompts(9, seed=4))]
+    second = [(p, params(), i) for i, p in enumerate(prompts(12, seed=2))]
+    used = make_engine(model, num_slots=5)
+    generate(used, first)
+    used.load_weights(nnx.to_pure_dict(nnx.split(model)[1]), policy_version=8)
+
+    after, fresh = generate(used, second), generate(make_engine(model, num_slots=5), second)
+
+    for one, other in zip(after, fresh, strict=True):
+        assert one.tokens.tobytes() == other.tokens.tobytes()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+
+
+def test_a_failed_program_is_told_to_every_caller_and_the_engine_goes_on(model, monkeypatch):
+    made = make_engine(model)
+    working, broken = made._decode, iter([RuntimeError("no such device")])
+
+    def decode(*args, **options):
+        for error in broken:
+            raise error
+        return working(*args, **options)
+
+    monkeypatch.setattr(made, "_decode", decode)
+    requests = [(p, params(), i) for i, p in enumerate(prompts(6))]
+
+    async def run():
+        return await asyncio.gather(
+            *(made.generate(p, a, seed=s) for p, a, s in requests), return_exceptions=True
+        )
+
+    assert {str(error) for error in asyncio.run(run())} == {"no such device"}
+    answers, fresh = generate(made, requests[:2]), generate(make_engine(model), requests[:2])
+    assert [a.tokens.tolist() for a in answers] == [a.tokens.tolist() for a in fresh]
+
+
+def test_an_event_loop_torn_down_leaves_an_engine_that_works(model):
+    made = make_engine(model)
+
+    async def run():
+        asyncio.create_task(made.generate(prompts(1)[0], params(), seed=0))
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    made.load_weights(nnx.to_pure_dict(nnx.split(model)[1]), policy_version=8)
+    assert generate(made, [(prompts(1)[0], params(), 0)])[0].policy_version == 8
+
+
 def test_another_seed_gives_another_answer(model):
     prompt = prompts(1)[0]
     answers = generate(make_engine(model), [(prompt, params(), seed) for seed in range(8)])
