@@ -21,6 +21,7 @@ FLOORS = {
     "codjax.checks": 0,
     "codjax.config_files": 0,
     "codjax.validation": 0,
+    "codjax.workdirs": 0,
     "codjax.masked": 0,
     "codjax_kernels": 0,
     "codjax.packs": 1,

@@ -1,4 +1,4 @@
-"""One update: forests, micro-batches and devices change nothing; what has weight 0 counts nothing."""
+"""One update: forests, micro-batches and devices change nothing; weight 0 counts nothing."""
 
 import functools
 
@@ -230,7 +230,7 @@ def test_imitation_is_the_mean_negative_log_likelihood():
 
 def test_rows_that_do_not_divide_are_refused():
     made = make_learner(rows=4)
-    with pytest.raises(ValueError, match="batching.rows_per_microbatch = 4"):
+    with pytest.raises(ValueError, match=r"batching\.rows_per_microbatch = 4"):
         made.update(
             made.init_state(build.params_of(models.init(CONFIG, seed=0))),
             batching.build_batch(family(1), 64, 3),

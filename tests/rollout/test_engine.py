@@ -143,10 +143,11 @@ def test_an_event_loop_torn_down_leaves_an_engine_that_works(model):
     made = make_engine(model)
 
     async def run():
-        asyncio.create_task(made.generate(prompts(1)[0], params(), seed=0))
+        leaves = asyncio.create_task(made.generate(prompts(1)[0], params(), seed=0))
         await asyncio.sleep(0)
+        return leaves
 
-    asyncio.run(run())
+    assert asyncio.run(run()).cancelled()
     made.load_weights(nnx.to_pure_dict(nnx.split(model)[1]), policy_version=8)
     assert generate(made, [(prompts(1)[0], params(), 0)])[0].policy_version == 8
 
