@@ -27,6 +27,7 @@ from codjax import (
     build,
     checkpoints,
     learner,
+    metrics,
     models,
     packs,
     plots,
@@ -424,7 +425,10 @@ def _write(
     lines = {}
     for label, source in (("base model", report.get("base")), ("trained", report)):
         for name, entry in (source or {"tasksets": {}})["tasksets"].items():
-            if entry["positions"]:
+            # The controls of the base model would hide one another.
+            if entry["positions"] and (label == "trained" or entry["condition"] == "none"):
                 lines[f"{label}: {name}"] = entry["positions"]
     first: Mapping[str, Sequence[float]] = next(iter(report["ladder"].values()), {})
     plots.plot_reward_by_position(lines, first, workdir / "reward_by_position.png")
+    if (workdir / metrics.METRICS_FILE).exists():
+        plots.plot_training(workdir / metrics.METRICS_FILE, workdir / "training.png")

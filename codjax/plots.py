@@ -19,7 +19,7 @@ from codjax import metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LADDER_STYLES = ("--", ":", "-.")
+LADDER_STYLES: tuple[Any, ...] = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 SIZE_INCHES, DOTS_PER_INCH = (8.0, 4.6), 150
 
 
@@ -53,7 +53,14 @@ def plot_reward_by_position(
         )
     for index, (label, values) in enumerate(ladder.items()):
         style = LADDER_STYLES[index % len(LADDER_STYLES)]
-        ax.plot(values, style, label=label, color="0.45", linewidth=1.5, zorder=1)
+        ax.plot(
+            values,
+            linestyle=style,
+            label=f"exact: {label.replace('_', ' ')}",
+            color="0.45",
+            linewidth=1.5,
+            zorder=1,
+        )
     longest = max(map(len, [*results.values(), *ladder.values()]), default=1)
     ax.set_xticks(range(longest))
     ax.set_xlabel("position in the pack")

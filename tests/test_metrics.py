@@ -43,8 +43,9 @@ def solve(position, **values):
     return episode(EpisodeKind.SOLVE_TASK, position, **values)
 
 
-def update(position, **values):
-    return episode(EpisodeKind.UPDATE_CONTEXT, position, **values)
+def update(position, *, has_format_error=False, **values):
+    changes = {"has_format_error": has_format_error, "is_success": not has_format_error}
+    return episode(EpisodeKind.UPDATE_CONTEXT, position, **(changes | values))
 
 
 def trajectory(run, *episodes, taskset="lake", failure=None):
@@ -53,6 +54,13 @@ def trajectory(run, *episodes, taskset="lake", failure=None):
     )
     pack = Pack(tasks=tasks, seed=11, mode=PackMode.COD, env_task_indices=(0, 1))
     return Trajectory(pack=pack, run=run, episodes=episodes, failure=failure)
+
+
+def test_an_update_that_was_never_made_is_no_parsed_hint():
+    cut = update(0, is_success=False, stop_reason=StopReason.PROMPT_TOO_LONG, turns=[turn(1)])
+    found = metrics.rollout_metrics([[trajectory(0, solve(0), cut)]], policy_version=1)
+    assert found["hint/parse_frac"] == 0.0
+    assert "hint/length_chars_position_0" not in found
 
 
 def test_metrics_of_a_step_by_hand():
