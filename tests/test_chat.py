@@ -42,7 +42,7 @@ def test_bytes_prompt_is_chatml_with_one_token_a_byte(by_bytes):
 def test_symbols_prompt_is_one_token_a_character(by_symbols):
     prompt = by_symbols.encode(conversation("aR", ":-L"))
     assert by_symbols.show(prompt) == "^aR:-L"
-    assert prompt.tolist() == [16, 0, 8, 11, 10, 7]
+    assert prompt.tolist() == [16, 1, 8, 11, 10, 7]
     assert (by_symbols.vocab_size, by_symbols.stop_tokens, by_symbols.pad_token) == (19, (17,), 18)
 
 
