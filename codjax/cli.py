@@ -298,9 +298,7 @@ def _write(text: str, *, to: Any = None) -> None:
     stream.flush()
 
 
-_WORKDIR = Flag(
-    name="workdir", default=None, placeholder="DIR", help="folder of the run; made if missing"
-)
+_WORKDIR = Flag(name="workdir", default=None, placeholder="DIR", help="folder of the run")
 COMMANDS = {
     "train": Command(
         summary="Trains by a config file; goes on by itself where the workdir has a checkpoint.",

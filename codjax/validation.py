@@ -256,7 +256,7 @@ def _check_penalties(length: ConfigDict, update: ConfigDict) -> None:
         update.min_tokens is None or update.zero_tokens is not None,
         "rollout.update_penalty.min_tokens",
         "be unset while zero_tokens and full_tokens are",
-        "it has no effect without them (spec/algorithm.md §5.2)",
+        "it has no effect without them",
         update.min_tokens,
     )
     if update.min_tokens is not None:
@@ -334,7 +334,7 @@ def _check_loss(loss: ConfigDict, credit: ConfigDict) -> None:
         loss.weight_mode != "advantage" or credit.reweight == "off",
         "credit.reweight",
         "be off when loss.weight_mode is advantage",
-        "both re-weight by the score (spec/algorithm.md §10.2)",
+        "both re-weight by the score",
         credit.reweight,
     )
     checks.goes_with(loss, "loss.aggregation_constant", "loss.aggregation", "constant")

@@ -54,4 +54,8 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not list(pathlib.Path(sys.argv[1]).glob("cod_seed*/eval.json")):
+        sys.exit(
+            "usage: study_table.py FOLDER, the folder of scripts/laptop_study.sh with its runs"
+        )
     main(pathlib.Path(sys.argv[1]))

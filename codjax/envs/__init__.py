@@ -52,7 +52,7 @@ def make(name: str, /, **settings: Any) -> Environment:
             them), or a value of a wrong type or out of range.
     """
     spec = _spec(name)
-    return spec.make(options.build(spec.settings, settings, label=f"{name}: settings"))
+    return spec.make(_build_settings(name, settings))
 
 
 def load_records(
@@ -98,8 +98,7 @@ def check(
         ValueError: unknown environment, setting, data option or split; a value of a wrong type
             or out of range; more records than the split has.
     """
-    spec = _spec(name)
-    options.build(spec.settings, settings, label=f"{name}: settings")
+    _build_settings(name, settings)
     _check_split(name, split, _build_data(name, data), num_records)
 
 
@@ -107,6 +106,16 @@ def _spec(name: str) -> EnvironmentSpec:
     if name not in ENVIRONMENTS:
         raise ValueError(options.unknown(name, ENVIRONMENTS, what="environment"))
     return ENVIRONMENTS[name]
+
+
+def _build_settings(name: str, settings: Mapping[str, Any]) -> Any:
+    spec, named = _spec(name), {}
+    for key, value in dict(settings).items():
+        own = spec.aliases.get(key, key)
+        if own in named:
+            raise ValueError(f"{name}: settings.{key} and settings.{own} are the same: set one.")
+        named[own] = value
+    return options.build(spec.settings, named, label=f"{name}: settings")
 
 
 def _build_data(name: str, data: Mapping[str, Any]) -> Any:

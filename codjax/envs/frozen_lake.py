@@ -310,5 +310,9 @@ def _mapping_of_index(index: int) -> grid.Mapping:
 
 
 SPEC = protocol.EnvironmentSpec(
-    make=FrozenLake, settings=Settings, data=boards.Data, records=boards.records
+    make=FrozenLake,
+    settings=Settings,
+    data=boards.Data,
+    records=boards.records,
+    aliases={"env_max_steps": "map_path_bound"},
 )

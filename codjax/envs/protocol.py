@@ -118,12 +118,14 @@ class EnvironmentSpec:
         data: the same for the options of the record generator; its fields `num_train` and
             `num_test` are the sizes of the splits.
         records: (checked data object, "train" | "test", n) → the first n rows of the split.
+        aliases: other names under which a setting is published → its name here.
     """
 
     make: Callable[[Any], Environment]
     settings: type[Any]
     data: type[Any]
     records: Callable[[Any, str, int], Sequence[Record]]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_can_step(*, is_reset: bool, is_done: bool) -> None:

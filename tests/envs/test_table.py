@@ -182,3 +182,14 @@ def test_examples_in_docstrings(module):
     results = doctest.testmod(importlib.import_module(f"codjax.envs.{module}"))
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_the_published_name_of_the_board_bound_is_read_too():
+    envs.check("frozen_lake_obscure", {"env_max_steps": 8, "agent_max_steps": 10}, {}, "test")
+    envs.make("frozen_lake_obscure", env_max_steps=8)
+    with pytest.raises(
+        ValueError, match=r"settings\.map_path_bound must be a whole number|integer"
+    ):
+        envs.make("frozen_lake_obscure", env_max_steps="8")
+    with pytest.raises(ValueError, match="are the same: set one"):
+        envs.make("frozen_lake_obscure", env_max_steps=8, map_path_bound=8)
