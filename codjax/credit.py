@@ -1,12 +1,9 @@
-"""Rewards of a rollout step → one score per episode (spec/algorithm.md §6 to §9).
+"""Rewards → returns → scores: the mathematics of credit (spec/algorithm.md §6 to §9).
 
 The way of a number: rewards of a group `[G S]` → `returns`, what an episode can still influence
 → minus a baseline over the runs, `group_scores` → `reweight` over many episodes, so that long
 failures do not drown the rest. Every response token of an episode then has the episode's score as
-its advantage. `score_trajectories` goes the whole way for a rollout step:
-
-    rules = make_rules(config.credit)                        # names are looked up here, once
-    scored_groups, metrics = score_trajectories(groups, rules)
+its advantage. `codjax.scoring` goes the whole way for the trajectories of a rollout step.
 
 A run that was dropped is a row of nan: it comes out as nan and is no part of any baseline. All
 arithmetic is float64; arrays come in as NumPy, JAX or nested lists.
@@ -14,17 +11,12 @@ arithmetic is float64; arrays come in as NumPy, JAX or nested lists.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
-from ml_collections import ConfigDict
-
-from codjax.types import EpisodeKind, Pack, Trajectory
 
 # One number for every solve and for every update episode of a group.
 EpisodeValues = tuple[Float[np.ndarray, "G S"], Float[np.ndarray, "G S-1"]]
@@ -36,118 +28,6 @@ Entry = TypeVar("Entry")
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.8, 100.0
 BRACKET_WIDTH, MAX_HALVINGS = 0.05, 20
 NEGLIGIBLE = 1e-9  # a mean or spread of scores below this is rounding
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoredTrajectory:
-    """A run that was kept, with the credit of its episodes.
-
-    Attributes:
-        trajectory: the run.
-        scores: per episode of the trajectory, after RED: the advantage of its response tokens.
-        returns: per episode, what the score was made from; for display.
-    """
-
-    trajectory: Trajectory
-    scores: tuple[float, ...]
-    returns: tuple[float, ...]
-
-
-class GroupCredit(NamedTuple):
-    """What RED needs to know of the kept runs of one group, and what is shown of them."""
-
-    returns: np.ndarray  # [G E], per episode of a run, in order of time
-    scores: np.ndarray  # [G E], before RED
-    tokens: np.ndarray  # [G E], response tokens
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
-    """The functions that a credit config stands for; made by `make_rules`.
-
-    Attributes:
-        score_group: task rewards `[G S]`, update rewards `[G S-1]` → returns, scores.
-        reweight: scores, token counts of one RED group → weighted scores, temperature.
-        red_group: index of the group in the step, its pack → which RED group it belongs to.
-    """
-
-    score_group: Callable[[np.ndarray, np.ndarray], tuple[EpisodeValues, EpisodeValues]]
-    reweight: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float | None]]
-    red_group: Callable[[int, Pack], Hashable]
-
-
-def make_rules(settings: ConfigDict) -> Rules:
-    """The rules of `config.credit`: every name in it is looked up here, and its values checked.
-
-    Raises:
-        ValueError: a name that is in no table, or a value that the chosen style or mode forbids.
-    """
-    schemes = {
-        "episodes": functools.partial(
-            _score_by_episode,
-            style=settings.style,
-            window=settings.window,
-            gamma=settings.gamma,
-            baseline=_lookup(BASELINES, settings.baseline, key="credit.baseline"),
-        ),
-        "coarse": functools.partial(
-            _score_by_run,
-            decay=settings.coarse_decay,
-            divide_by_std=settings.coarse_divide_by_std,
-        ),
-    }
-    rules = Rules(
-        score_group=_lookup(schemes, settings.scheme, key="credit.scheme"),
-        reweight=functools.partial(
-            reweight, mode=settings.reweight, temperature=settings.reweight_temperature
-        ),
-        red_group=_lookup(RED_GROUPS, settings.reweight_group, key="credit.reweight_group"),
-    )
-    # On no data: a wrong value is better reported before the first rollout than after it.
-    rules.score_group(np.zeros((1, 1)), np.zeros((1, 0)))
-    rules.reweight(np.zeros(1), np.ones(1))
-    return rules
-
-
-def score_trajectories(
-    groups: Sequence[Sequence[Trajectory]], rules: Rules
-) -> tuple[list[list[ScoredTrajectory]], dict[str, float]]:
-    """Score of every episode of a rollout step.
-
-    A run with a `failure` is left out before returns are taken, since all its returns would share
-    the damage, and counted under ``credit/dropped_runs``. RED speaks of samples, one per turn; the
-    samples of an episode have one score, so an episode with the sum of their tokens is the same.
-
-    Args:
-        groups: the runs of each pack.
-        rules: see `make_rules`.
-
-    Returns:
-        The kept runs, group by group in the order given (a group may be empty), and metrics:
-        token means of the scores before and after RED, the share of RED groups that it changed,
-        its mean temperature where one was used, and the share of (pack, kind, position) keys in
-        which all scores are 0, that is, which have nothing to teach. Metrics of nothing (no token,
-        no temperature) are absent.
-    """
-    kept = [[run for run in group if run.failure is None] for group in groups]
-    filled = [index for index, runs in enumerate(kept) if runs]
-    credits = [_credit_of(kept[index], rules) for index in filled]
-    names = [rules.red_group(index, kept[index][0].pack) for index in filled]
-    after, red_metrics = _reweight_groups(credits, names, rules)
-    scored: list[list[ScoredTrajectory]] = [[] for _ in groups]
-    for index, credit, scores in zip(filled, credits, after, strict=True):
-        scored[index] = [
-            ScoredTrajectory(trajectory=run, scores=tuple(run_scores), returns=tuple(run_returns))
-            for run, run_scores, run_returns in zip(
-                kept[index], scores.tolist(), credit.returns.tolist(), strict=True
-            )
-        ]
-    num_dropped = sum(map(len, groups)) - sum(map(len, kept))
-    metrics = {"credit/dropped_runs": float(num_dropped), **red_metrics}
-    if credits:
-        is_zero = [np.abs(credit.scores).max(axis=0) < NEGLIGIBLE for credit in credits]
-        metrics["credit/zero_variance_frac"] = float(np.mean(np.concatenate(is_zero)))
-    return scored, metrics
 
 
 def returns(
@@ -180,7 +60,7 @@ def returns(
     tasks, updates = _reward_arrays(task_rewards, update_rewards)
     positions = np.arange(tasks.shape[1])
     offsets = positions[None, :] - positions[:, None]
-    weights = _lookup(STYLES, style, key="credit.style")(offsets, window, gamma)
+    weights = lookup(STYLES, style, key="credit.style")(offsets, window, gamma)
     # The own reward, and those of the later tasks; a matrix product could round equal runs
     # differently, and then a group of equal rewards would not score exactly 0.
     later = (tasks[:, None, :] * np.triu(weights, k=1)).sum(axis=-1)
@@ -217,14 +97,14 @@ def group_scores(
     return _minus_baseline(solve, baseline), _minus_baseline(update, baseline)
 
 
-def group_mean(run_returns: Float[np.ndarray, "G *rest"]) -> Float[np.ndarray, "G *rest"]:
+def group_mean(run_returns: Float[np.ndarray, " G *rest"]) -> Float[np.ndarray, " G *rest"]:
     """Baseline: the mean over the runs, the same for each (§7, the published choice)."""
     first = run_returns[:1]  # means are taken of differences, so that equal returns give exactly 0
     mean = first + np.mean(run_returns - first, axis=0, keepdims=True)
     return np.broadcast_to(mean, run_returns.shape)
 
 
-def leave_one_out(run_returns: Float[np.ndarray, "G *rest"]) -> Float[np.ndarray, "G *rest"]:
+def leave_one_out(run_returns: Float[np.ndarray, " G *rest"]) -> Float[np.ndarray, " G *rest"]:
     """Baseline: the mean over the other runs; a run alone is its own (RLOO, arXiv:2402.14740).
 
     It depends on nothing the run did itself, so the gradient is unbiased for any G; its scores are
@@ -296,7 +176,7 @@ def reweight(
             "scores and num_tokens must be vectors of one length; "
             f"got shapes {scores.shape} and {tokens.shape}."
         )
-    function = _lookup(REWEIGHT_MODES, mode, key="credit.reweight")
+    function = lookup(REWEIGHT_MODES, mode, key="credit.reweight")
     present = ~np.isnan(scores)
     weighted = scores.copy()
     weighted[present], used = function(scores[present], tokens[present], temperature)
@@ -375,20 +255,20 @@ REWEIGHT_MODES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
     "adaptive": lambda scores, tokens, temperature: _adaptive(scores, tokens),
     "shift": lambda scores, tokens, temperature: (_shift(scores, tokens), None),
 }
-RED_GROUPS: dict[str, Callable[[int, Pack], Hashable]] = {
-    "pack": lambda index, _: index,
-    "taskset": lambda _, pack: pack.tasks[0].taskset,
-    "batch": lambda *_: "batch",
-}
 
 
-def _lookup(table: Mapping[str, Entry], name: str, *, key: str) -> Entry:
+def lookup(table: Mapping[str, Entry], name: str, *, key: str) -> Entry:
+    """The entry of a table of this page.
+
+    Raises:
+        ValueError: there is none of this name; says which there are, under the config key.
+    """
     if name not in table:
         raise ValueError(f"{key} must be one of {', '.join(table)}; got {name!r}.")
     return table[name]
 
 
-def _score_by_episode(
+def score_by_episode(
     task_rewards: np.ndarray,
     update_rewards: np.ndarray,
     *,
@@ -397,12 +277,13 @@ def _score_by_episode(
     gamma: Number,
     baseline: Baseline,
 ) -> tuple[EpisodeValues, EpisodeValues]:
+    """Returns and scores of one group, each episode with its own return (§6, §7)."""
     solve, update = returns(task_rewards, update_rewards, style, window, gamma)
     scores = _minus_baseline(solve, baseline), _minus_baseline(update, baseline)
     return (solve, update), scores
 
 
-def _score_by_run(
+def score_by_run(
     task_rewards: np.ndarray, update_rewards: np.ndarray, *, decay: Number, divide_by_std: bool
 ) -> tuple[EpisodeValues, EpisodeValues]:
     """Every episode of a run gets the number of the run."""
@@ -443,61 +324,3 @@ def _reward_arrays(
     dropped = np.isnan(tasks).any(axis=1) | np.isnan(updates).any(axis=1)
     tasks[dropped] = updates[dropped] = np.nan
     return tasks, updates
-
-
-def _credit_of(runs: Sequence[Trajectory], rules: Rules) -> GroupCredit:
-    """Returns, scores and token counts of the episodes of a group, each `[G E]`."""
-    task_rewards = np.array([_rewards(run, EpisodeKind.SOLVE_TASK) for run in runs])
-    update_rewards = np.array([_rewards(run, EpisodeKind.UPDATE_CONTEXT) for run in runs])
-    if not (np.isfinite(task_rewards).all() and np.isfinite(update_rewards).all()):
-        raise ValueError(
-            "a run without a failure has a reward that is not finite; an environment must give "
-            "finite rewards, or end the run with a StopReason in codjax.types.FAILURES."
-        )
-    run_returns, scores = rules.score_group(task_rewards, update_rewards)
-    return GroupCredit(
-        returns=_by_episode(runs, run_returns),
-        scores=_by_episode(runs, scores),
-        tokens=np.array(
-            [[sum(len(t.response_tokens) for t in e.turns) for e in run.episodes] for run in runs]
-        ),
-    )
-
-
-def _by_episode(runs: Sequence[Trajectory], values: EpisodeValues) -> np.ndarray:
-    """Values of solve and update episodes, put in the order of each run's episodes `[G E]`."""
-    by_kind = {EpisodeKind.SOLVE_TASK: values[0], EpisodeKind.UPDATE_CONTEXT: values[1]}
-    return np.array(
-        [[by_kind[e.kind][g, e.position] for e in run.episodes] for g, run in enumerate(runs)]
-    )
-
-
-def _rewards(run: Trajectory, kind: EpisodeKind) -> np.ndarray:
-    """Rewards of the run's episodes of one kind, by position."""
-    episodes = sorted(run.episodes_of(kind), key=lambda episode: episode.position)
-    return np.array([episode.reward for episode in episodes], np.float64)
-
-
-def _reweight_groups(
-    credits: Sequence[GroupCredit], names: Sequence[Hashable], rules: Rules
-) -> tuple[list[np.ndarray], dict[str, float]]:
-    """Scores of each group after RED over all groups of one name, and what RED did."""
-    if not credits:
-        return [], {}
-    sizes = [credit.scores.size for credit in credits]
-    before = np.concatenate([credit.scores.ravel() for credit in credits])
-    tokens = np.concatenate([credit.tokens.ravel() for credit in credits])
-    after, is_active, temperatures = before.copy(), [], []
-    for name in dict.fromkeys(names):
-        inside = np.repeat([name == other for other in names], sizes)
-        after[inside], temperature = rules.reweight(before[inside], tokens[inside])
-        is_active.append(not np.array_equal(after[inside], before[inside]))
-        temperatures += [] if temperature is None else [temperature]
-    metrics = {"credit/reweight_active_frac": float(np.mean(is_active))}
-    if temperatures:
-        metrics["credit/reweight_temperature"] = float(np.mean(temperatures))
-    if tokens.any():
-        metrics["credit/token_mean_score_before"] = float(np.average(before, weights=tokens))
-        metrics["credit/token_mean_score_after"] = float(np.average(after, weights=tokens))
-    parts = np.split(after, np.cumsum(sizes)[:-1])
-    return [p.reshape(c.scores.shape) for p, c in zip(parts, credits, strict=True)], metrics

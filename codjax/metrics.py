@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from codjax import credit, seeds
+from codjax import scoring, seeds
 from codjax.types import Episode, EpisodeKind, StopReason, Trajectory, Turn
 
 METRICS_FILE = "metrics.jsonl"
@@ -261,14 +261,14 @@ class TrajectoryWriter:
         self,
         step: int,
         groups: Sequence[Sequence[Trajectory]],
-        scored: Sequence[Sequence[credit.ScoredTrajectory]] | None = None,
+        scored: Sequence[Sequence[scoring.ScoredTrajectory]] | None = None,
     ) -> pathlib.Path:
         """Writes whole groups of this step, one JSON object a trajectory.
 
         Args:
             step: the step that the trajectories were sampled for.
             groups: the runs of each pack.
-            scored: their credit, as `credit.score_trajectories` gives it, group by group.
+            scored: their credit, as `scoring.score_trajectories` gives it, group by group.
 
         Returns:
             The file.
@@ -323,7 +323,7 @@ def pick_groups(
 def trajectory_json(
     run: Trajectory,
     decode: Callable[[np.ndarray], str],
-    scored: credit.ScoredTrajectory | None = None,
+    scored: scoring.ScoredTrajectory | None = None,
 ) -> dict[str, Any]:
     """A trajectory as plain JSON values; docs/file_formats.md tells the fields."""
     episodes = []

@@ -30,13 +30,13 @@ from codjax import (
     batching,
     build,
     checkpoints,
-    credit,
     learner,
     losses,
     metrics,
     models,
     packs,
     progress,
+    scoring,
     seeds,
     serialization,
     types,
@@ -88,7 +88,7 @@ class _Run:
     mesh: jax.sharding.Mesh
     learner: learner.Learner
     sampler: engine.Engine
-    rules: credit.Rules
+    rules: scoring.Rules
     settings: episodes.RolloutSettings
 
     @classmethod
@@ -112,7 +112,7 @@ class _Run:
                 num_steps=config.num_steps,
             ),
             sampler=build.make_engine(config, model, mesh),
-            rules=credit.make_rules(config.credit),
+            rules=scoring.make_rules(config.credit),
             settings=episodes.settings_from(
                 config.rollout, keep_env_memory=config.packs.keep_env_memory
             ),
@@ -296,7 +296,7 @@ def sample_step(run: _Run, step: int) -> Groups:
 
 
 def training_sequences(
-    scored: Sequence[Sequence[credit.ScoredTrajectory]],
+    scored: Sequence[Sequence[scoring.ScoredTrajectory]],
 ) -> list[types.Sequence]:
     """One sequence per model call: its prompt, and its response with the episode's score."""
     return [
@@ -357,10 +357,10 @@ def _train_on(
     groups: Groups,
     reference: learner.Params | None,
     clock: _Clock,
-) -> tuple[learner.TrainState, list[list[credit.ScoredTrajectory]], dict[str, float]]:
+) -> tuple[learner.TrainState, list[list[scoring.ScoredTrajectory]], dict[str, float]]:
     """Credit, batch, update. A step without anything to train on leaves the state as it is."""
     config = run.config
-    scored, numbers = credit.score_trajectories(groups, run.rules)
+    scored, numbers = scoring.score_trajectories(groups, run.rules)
     sequences = training_sequences(scored)
     if not sequences:
         return state, scored, numbers | {"batching/trained_tokens": 0}

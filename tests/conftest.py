@@ -31,6 +31,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook(
     [
         "codjax.credit",
+        "codjax.scoring",
         "codjax.masked",
         "codjax.losses",
         "codjax.batching",

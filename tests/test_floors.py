@@ -26,6 +26,7 @@ FLOORS = {
     "codjax_kernels": 0,
     "codjax.packs": 1,
     "codjax.credit": 1,
+    "codjax.scoring": 1,
     "codjax.batching": 1,
     "codjax.logprobs": 1,
     "codjax.losses": 1,

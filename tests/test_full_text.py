@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from codjax import batching, build, config, credit, packs, sharding, train, types
+from codjax import batching, build, config, packs, scoring, sharding, train, types
 from codjax import chat as chats
 from codjax.rollout import episode as episodes
 from codjax.rollout import runner, scripted
@@ -49,7 +49,7 @@ def roll_out(made, sampler, *, num_packs, group_size):
 
 
 def sequences_of(made, groups):
-    scored, _ = credit.score_trajectories(groups, credit.make_rules(made.credit))
+    scored, _ = scoring.score_trajectories(groups, scoring.make_rules(made.credit))
     return train.training_sequences(scored)
 
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from codjax import credit, metrics
+from codjax import metrics, scoring
 from codjax.types import Episode, EpisodeKind, Pack, PackMode, StopReason, Task, Trajectory, Turn
 
 
@@ -213,7 +213,7 @@ def test_groups_are_picked_random_then_best_then_worst():
 def test_trajectories_are_written_whole(tmp_path):
     kept = trajectory(0, solve(0, reward=0.5), update(0), solve(1, reward=1.0))
     failed = trajectory(1, solve(0), failure=StopReason.SAMPLER_FAILED)
-    scored = credit.ScoredTrajectory(
+    scored = scoring.ScoredTrajectory(
         trajectory=kept, scores=(0.1, 0.2, 0.3), returns=(0.75, 0.5, 1.0)
     )
     writer = metrics.TrajectoryWriter(

@@ -417,7 +417,7 @@ def test_training_sequences_score_what_was_sampled():
         actions=("", ""),
     )
     trajectory = types.Trajectory(pack=None, run=0, episodes=(episode,), failure=None)
-    scored = train.credit.ScoredTrajectory(trajectory=trajectory, scores=(0.25,), returns=(1.0,))
+    scored = train.scoring.ScoredTrajectory(trajectory=trajectory, scores=(0.25,), returns=(1.0,))
 
     found = train.training_sequences([[], [scored]])
 

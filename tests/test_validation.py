@@ -228,7 +228,7 @@ def test_every_config_file_loads_and_validates(path):
         ("credit.style", "codjax.credit", "STYLES"),
         ("credit.baseline", "codjax.credit", "BASELINES"),
         ("credit.reweight", "codjax.credit", "REWEIGHT_MODES"),
-        ("credit.reweight_group", "codjax.credit", "RED_GROUPS"),
+        ("credit.reweight_group", "codjax.scoring", "RED_GROUPS"),
     ],
 )
 def test_names_are_those_of_the_table_that_looks_them_up(key, module, table):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from codjax import batching, build, credit, learner, losses, models, optim, train, types
+from codjax import batching, build, learner, losses, models, optim, scoring, train, types
 from codjax.bench import material
 from codjax.config import default_config
 
@@ -72,14 +72,14 @@ VARIANTS = {  # the first is this learner, which the others are compared with
 class _Contender:
     """A variant with its rows, ready to run; owns the state of its training."""
 
-    learner: learner.Learner
+    trainer: learner.Learner
     batch: types.TokenBatch
     report: batching.BatchReport
     state: list[learner.TrainState]  # of one element: an update consumes it
 
     def update(self) -> dict[str, float]:
         """One step, and its metrics."""
-        state, metrics = self.learner.update(self.state.pop(), self.batch)
+        state, metrics = self.trainer.update(self.state.pop(), self.batch)
         self.state.append(jax.block_until_ready(state))
         return metrics
 
@@ -143,7 +143,7 @@ def bench(
 def samples(**sizes: int) -> list[types.Sequence]:
     """The train samples of `material.lake_group`, one a model call, with their credit."""
     group = material.lake_group(material.word_chat(), **sizes)
-    scored, _ = credit.score_trajectories([group], credit.make_rules(default_config().credit))
+    scored, _ = scoring.score_trajectories([group], scoring.make_rules(default_config().credit))
     return train.training_sequences(scored)
 
 
@@ -170,7 +170,7 @@ def _contender(
         rows_per_microbatch=1,
     )
     return _Contender(
-        learner=made, batch=batch, report=report, state=[made.init_state(build.params_of(model))]
+        trainer=made, batch=batch, report=report, state=[made.init_state(build.params_of(model))]
     )
 
 
@@ -190,7 +190,7 @@ def _check_same(metrics: dict[str, dict[str, float]]) -> None:
 
 def _program_mib(contender: _Contender) -> float:
     """What XLA's program of one micro-batch holds: parameters, gradients, rows, and all between."""
-    made, params = contender.learner, contender.state[0].params
+    made, params = contender.trainer, contender.state[0].params
     grads, sums = made._zeros(params)
     rows = made._microbatches(contender.batch)[0]
     stats = made._accumulate.lower(params, grads, sums, rows).compile().memory_analysis()
@@ -223,7 +223,7 @@ def _row(
     name: str, contender: _Contender, timing: material.Timing, *, process_mib: float | None
 ) -> material.Row:
     report, batch = contender.report, contender.batch
-    is_full = isinstance(contender.learner, FullLogitsLearner)
+    is_full = isinstance(contender.trainer, FullLogitsLearner)
     return {
         "variant": name,
         "samples": report.num_sequences,
