@@ -9,24 +9,9 @@ import optax
 import pytest
 
 from codjax import batching, build, checkpoints, checks, learner, losses, models, sharding, types
+from tests import small
 
-CONFIG = models.DecoderConfig(
-    vocab_size=24,
-    num_layers=2,
-    hidden_size=16,
-    intermediate_size=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tie_embeddings=False,
-    init_std=0.3,
-    embedding_std=0.5,
-    dtype="float32",
-    param_dtype="float32",
-    remat="none",
-)
+CONFIG = small.decoder_config()
 LOOP = {"step": 2, "waiting": [[{"seed": 2**64 - 1, "text": "√"}]]}
 MESHES = ((2, 2, 2), (8, 1, 1), (1, 4, 2), (4, 1, 2))
 

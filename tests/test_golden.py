@@ -2,7 +2,7 @@
 
 A change of these numbers is a change of what codjax computes: make it on purpose, and say why.
 
-    python tests/test_golden.py > tests/golden/three_updates.json     # writes them anew
+    python -m tests.test_golden > tests/golden/three_updates.json     # writes them anew
 """
 
 import functools
@@ -16,28 +16,15 @@ import optax
 import pytest
 
 from codjax import batching, build, learner, losses, models, sharding, types
+from tests import small
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "three_updates.json"
 NAMES = ("loss/total", "loss/policy", "loss/entropy", "loss/clip_frac", "optimizer/grad_norm")
 
 
 def three_updates():
-    config = models.DecoderConfig(
-        vocab_size=32,
-        num_layers=2,
-        hidden_size=16,
-        intermediate_size=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rope_theta=1e4,
-        norm_eps=1e-6,
-        tie_embeddings=True,
-        init_std=0.1,
-        embedding_std=0.3,
-        dtype="float32",
-        param_dtype="float32",
-        remat="full",
+    config = small.decoder_config(
+        vocab_size=32, tie_embeddings=True, init_std=0.1, embedding_std=0.3, remat="full"
     )
     rng = np.random.RandomState(0)  # legacy: its stream never changes
     stem = rng.randint(1, 32, 6)

@@ -11,24 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from codjax import logprobs, models, sharding, types
+from tests import small
 
-CONFIG = models.DecoderConfig(
-    vocab_size=32,
-    num_layers=2,
-    hidden_size=16,
-    intermediate_size=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tie_embeddings=False,
-    init_std=0.3,
-    embedding_std=0.5,
-    dtype="float32",
-    param_dtype="float32",
-    remat="full",
-)
+CONFIG = small.decoder_config(vocab_size=32, remat="full")
 
 
 def abstract(config):

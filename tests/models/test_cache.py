@@ -10,24 +10,9 @@ import pytest
 from flax import nnx
 
 from codjax import models
+from tests import small
 
-CONFIG = models.DecoderConfig(
-    vocab_size=30,
-    num_layers=2,
-    hidden_size=24,
-    intermediate_size=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-    init_std=0.3,
-    embedding_std=0.5,
-    dtype="float32",
-    param_dtype="float32",
-    remat="none",
-)
+CONFIG = small.decoder_config(vocab_size=30, hidden_size=24, tie_embeddings=True)
 NUM_TOKENS = 12
 
 

@@ -16,23 +16,17 @@ from flax import nnx
 
 from codjax import logprobs, models
 from codjax.models import qwen3
+from tests import small
 
-CONFIG = models.DecoderConfig(
+CONFIG = small.decoder_config(
     vocab_size=40,
     num_layers=3,
     hidden_size=32,
     intermediate_size=48,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=12,
-    rope_theta=7e3,
-    norm_eps=1e-5,
+    rope_theta=7000.0,
+    norm_eps=1e-05,
     tie_embeddings=True,
-    init_std=0.3,
-    embedding_std=0.5,
-    dtype="float32",
-    param_dtype="float32",
-    remat="none",
 )
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 
