@@ -17,7 +17,7 @@ from codjax.config import default_config, evaluation, taskset
 
 def get_config():
     config = default_config()
-    config.num_steps = 250
+    config.num_steps = 300
 
     config.tokenizer.source = "builtin:symbols"
     config.model.num_layers = 2
@@ -65,7 +65,7 @@ def get_config():
     config.warmup.optimizer.schedule = "cosine"
     config.checkpoint.every_steps = 50
 
-    none = {"taskset": "lake_test", "pack_size": 4, "num_packs": 1024}
+    none = {"taskset": "lake_test", "pack_size": 4, "num_packs": 2048}
     config.evaluation.matrix.lake = evaluation(**none)
     config.evaluation.matrix.hint_blanked = evaluation(**none, condition="hint_blanked")
     config.evaluation.matrix.hint_swapped = evaluation(**none, condition="hint_swapped")
