@@ -160,7 +160,28 @@ def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
         "the rows are split over mesh.data times mesh.fsdp of the devices found",
         config.batching.rows_per_microbatch,
     )
+    checks.require(
+        config.batching.row_length % mesh.shape["context"] == 0,
+        "batching.row_length",
+        f"be a multiple of {mesh.shape['context']}",
+        "the tokens of a row are split over mesh.context of the devices found",
+        config.batching.row_length,
+    )
+    _check_kernels(config, mesh.devices.flat[0].platform)
     return mesh
+
+
+def _check_kernels(config: ConfigDict, platform: str) -> None:
+    """Raise if the kernels that the config names do not run on these devices."""
+    name = config.kernels.implementation
+    runs_on = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+    checks.require(
+        runs_on.get(name, platform) == platform,
+        "kernels.implementation",
+        f"run on the devices found, which are {platform}s",
+        'leave it out for the choice of the platform, or take "xla", which runs everywhere',
+        name,
+    )
 
 
 def make_objective(config: ConfigDict) -> learner.Objective:
@@ -180,6 +201,7 @@ def make_objective(config: ConfigDict) -> learner.Objective:
     )
     return learner.Objective(
         policy_loss=policy_loss,
+        is_per_token=losses.is_per_token(loss.clip_mode, loss.weight_mode),
         temperature=config.rollout.temperature,
         kl_coef=loss.kl_coef,
         kl_estimator=loss.kl_estimator,
@@ -204,6 +226,7 @@ def make_learner(
         objective=objective,
         mesh=mesh,
         rows_per_microbatch=config.batching.rows_per_microbatch,
+        implementation=config.kernels.implementation,
     )
 
 

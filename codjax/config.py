@@ -35,6 +35,14 @@ def default_config() -> ConfigDict:
             "data": -1,
             "fsdp": 1,
             "tensor": 1,
+            "context": 1,  # cuts the tokens of a row, for rows too long for one device
+        }
+    )
+    config.kernels = ConfigDict(
+        {
+            # None: by platform ("pallas_tpu" on TPUs, else "xla") | "xla" | "pallas_tpu" |
+            # "pallas_gpu" (jax >= 0.12)
+            "implementation": config_dict.placeholder(str),
         }
     )
     config.tasksets = ConfigDict()  # name → taskset(...), filled by the config file

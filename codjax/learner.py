@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import codjax_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +47,8 @@ class Objective:
 
     Attributes:
         policy_loss: `losses.rec_loss` with its modes bound.
+        is_per_token: whether `policy_loss` is a sum of terms that look at one entry each
+            (`losses.is_per_token`). It decides how gradients are made, in `Learner._loss`.
         temperature: of the policy, as in sampling.
         kl_coef: weight of the KL to the reference model; 0 needs no reference.
         kl_estimator: "k1" | "k2" | "k3".
@@ -53,6 +56,7 @@ class Objective:
     """
 
     policy_loss: Callable[..., tuple[jax.Array, Mapping[str, jax.Array]]]
+    is_per_token: bool
     temperature: float
     kl_coef: float = 0.0
     kl_estimator: str = "k2"
@@ -62,7 +66,7 @@ class Objective:
 def imitation_objective() -> Objective:
     """Mean negative log-likelihood of the scored tokens: the policy loss at advantage 1."""
     policy_loss = functools.partial(losses.rec_loss, clip_mode="none", weight_mode="none")
-    return Objective(policy_loss=policy_loss, temperature=1.0)
+    return Objective(policy_loss=policy_loss, is_per_token=True, temperature=1.0)
 
 
 class Learner:
@@ -81,6 +85,7 @@ class Learner:
         objective: Objective,
         mesh: jax.sharding.Mesh,
         rows_per_microbatch: int,
+        implementation: str | None = None,
     ):
         """Lay out the shardings; programs compile at their first call.
 
@@ -91,6 +96,7 @@ class Learner:
             objective: what to minimise.
             mesh: of `sharding.make_mesh`.
             rows_per_microbatch: rows on the devices at once.
+            implementation: of the kernels; None for the choice of the mesh's platform.
         """
         self._graphdef, variables = nnx.split(model)
         self._shapes = jax.eval_shape(lambda: nnx.to_pure_dict(variables))
@@ -99,6 +105,12 @@ class Learner:
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._batch_shardings = sharding.batch_shardings(mesh)
         self._constrain = sharding.constrain(mesh)
+        kernel = implementation or codjax_kernels.implementation_of(mesh.devices.flat[0].platform)
+        layout = sharding.layout(mesh)
+        self._projection = logprobs_lib.Projection(implementation=kernel, layout=layout)
+        self._attend = functools.partial(
+            codjax_kernels.forest_attention, implementation=kernel, layout=layout
+        )
         self.param_shardings = sharding.param_shardings(model, mesh)
         self.state_shardings = self._state_shardings()
         self._accumulate = jax.jit(self._accumulate_fn, donate_argnums=(1,))
@@ -201,24 +213,55 @@ class Learner:
         """Moments in float32, as the gradients that will be averaged in them."""
         return self._optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
-    def _forward(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, jax.Array]:
-        """Log-probability and entropy of every scored entry: `[B K]`, `[B K]`."""
+    def _hidden(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, jax.Array]:
+        """Final hidden states `[B T D]` and the output table `[V D]`."""
         model = nnx.merge(self._graphdef, params)
         hidden = model(
-            batch.tokens, batch.token_positions, batch.subtree_end, constrain=self._constrain
+            batch.tokens,
+            batch.token_positions,
+            batch.subtree_end,
+            constrain=self._constrain,
+            attend=self._attend,
         )
+        return hidden, model.unembedding
+
+    def _forward(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and entropy of every scored entry: `[B K]`, `[B K]`."""
+        hidden, table = self._hidden(params, batch)
         return logprobs_lib.scored_logprobs(
             hidden,
-            model.unembedding,
+            table,
             batch.source,
             batch.target,
             temperature=self._objective.temperature,
+            is_valid=batch.weights != 0,
+            entropy_gradient=self._objective.entropy_coef != 0,
+            projection=self._projection,
         )
 
     def _loss(self, params: Params, batch: types.TokenBatch) -> tuple[jax.Array, Metrics]:
-        """Share of this micro-batch in the loss and in the metrics of the whole batch."""
-        logprobs, entropy = self._forward(params, batch)
-        return objective_terms(self._objective, logprobs, entropy, batch)
+        """Share of this micro-batch in the loss and in the metrics of the whole batch.
+
+        Here the objective decides how its gradient is made: in the forward pass if it is a sum
+        over tokens and the kernels can do so, else by automatic differentiation.
+        """
+        entries = logprobs_lib.entries_of(batch)
+        terms = functools.partial(objective_terms, self._objective)
+        in_forward = codjax_kernels.has_gradient_in_forward(self._projection.implementation)
+        if not (self._objective.is_per_token and in_forward):
+            logprobs, entropy = self._forward(params, batch)
+            return terms(logprobs.reshape(-1), entropy.reshape(-1), entries)
+        hidden, table = self._hidden(params, batch)
+        total, logprobs, entropy = logprobs_lib.scored_loss(
+            lambda *entry_values: terms(*entry_values)[0],
+            hidden,
+            table,
+            batch,
+            temperature=self._objective.temperature,
+            entropy_gradient=self._objective.entropy_coef != 0,
+            projection=self._projection,
+        )
+        return total, terms(logprobs.reshape(-1), entropy.reshape(-1), entries)[1]
 
     def _accumulate_fn(
         self, params: Params, grads: Params, sums: Metrics, batch: types.TokenBatch
@@ -245,62 +288,57 @@ class Learner:
 
     def _zeros_fn(self, params: Params) -> tuple[Params, Metrics]:
         """Accumulators: a gradient of zeros in float32 and every metric at 0."""
-        one = np.zeros((1, 1), np.float32)
-        batch = types.TokenBatch(*[one] * len(types.TokenBatch._fields))._replace(
-            source=one.astype(np.int32),
-            sample_ids=one.astype(np.int32),
-            normaliser=np.float32(1),
-            num_scored=np.int32(1),
+        one = jnp.zeros(1)
+        entries = logprobs_lib.Entries(
+            one, one, one, one, jnp.zeros(1, jnp.int32), jnp.float32(1), jnp.int32(1)
         )
         names = jax.eval_shape(
-            functools.partial(objective_terms, self._objective), one, one, batch
+            functools.partial(objective_terms, self._objective), one, one, entries
         )[1]
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
         return grads, {name: jnp.float32(0) for name in names}
 
 
 def objective_terms(
-    objective: Objective, logprobs: jax.Array, entropy: jax.Array, batch: types.TokenBatch
+    objective: Objective,
+    logprobs: jax.Array,
+    entropy: jax.Array,
+    entries: logprobs_lib.Entries,
 ) -> tuple[jax.Array, Metrics]:
-    """Loss and metrics of some rows of a batch.
+    """Loss and metrics of some entries of a batch.
 
     Args:
         objective: the terms and their weights.
-        logprobs: of the policy being trained, `[B K]`.
-        entropy: of its distribution at every entry, `[B K]`.
-        batch: the rows; its normaliser is that of the whole train batch.
+        logprobs: of the policy being trained, `[N]`.
+        entropy: of its distribution at every entry, `[N]`.
+        entries: what belongs to them; their divisors are those of the whole train batch.
 
     Returns:
-        The rows' share of the loss, and metrics for `losses.merge_metrics`.
+        The entries' share of the loss, and metrics for `losses.merge_metrics`.
     """
-    num_rows, width = logprobs.shape
-    # Sample ids count from 0 in every row; each row has fewer samples than entries.
-    sample_ids = batch.sample_ids + width * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
-    flat = functools.partial(jnp.reshape, shape=(-1,))
-    weights = flat(batch.weights)
+    weights = entries.weights
     policy, metrics = objective.policy_loss(
-        flat(logprobs),
-        flat(batch.sampler_logprobs),
-        flat(batch.advantages),
+        logprobs,
+        entries.sampler_logprobs,
+        entries.advantages,
         weights,
-        sample_ids=flat(sample_ids),
-        num_scored=batch.normaliser,
-        num_entries=batch.num_scored,
+        sample_ids=None if objective.is_per_token else entries.sample_ids,
+        num_scored=entries.normaliser,
+        num_entries=entries.num_scored,
     )
-    share = (weights != 0) / jnp.maximum(batch.num_scored, 1).astype(jnp.float32)
-    mean_entropy = masked.weighted_sum(flat(entropy), share)
-    terms = {"loss/policy": policy, "loss/entropy": mean_entropy}
+    share = (weights != 0) / jnp.maximum(entries.num_scored, 1).astype(jnp.float32)
+    terms = {"loss/policy": policy, "loss/entropy": masked.weighted_sum(entropy, share)}
     total = policy
     if objective.entropy_coef:
-        weighted = masked.weighted_sum(flat(entropy), weights) / batch.normaliser
+        weighted = masked.weighted_sum(entropy, weights) / entries.normaliser
         total = total - objective.entropy_coef * weighted
     if objective.kl_coef:
         kl = losses.kl_loss(
-            flat(logprobs),
-            flat(batch.ref_logprobs),
+            logprobs,
+            entries.ref_logprobs,
             weights,
             estimator=objective.kl_estimator,
-            num_scored=batch.normaliser,
+            num_scored=entries.normaliser,
         )
         total = total + objective.kl_coef * kl
         terms["loss/kl_policy_to_ref"] = kl

@@ -34,6 +34,14 @@ Item = TypeVar("Item")
 MAXIMA = frozenset({"loss/log_ratio_abs_max"})  # metrics to reduce by max; all others add up
 
 
+def is_per_token(clip_mode: str, weight_mode: str) -> bool:
+    """Whether `rec_loss` with these modes is a sum of terms that look at one entry each.
+
+    Then its gradient can be made while the log-probs are (`logprobs.scored_loss`).
+    """
+    return not SEQUENCE_MODES & {clip_mode, weight_mode}
+
+
 class Limits(NamedTuple):
     """The ε of the modes, how far a ratio may be from 1 on each side, and their temperature."""
 
@@ -113,7 +121,7 @@ def rec_loss(  # noqa: PLR0917 - outside programs call it so (DESIGN §8)
     clip = _lookup(CLIP_MODES, clip_mode, key="loss.clip_mode")
     weigh = _lookup(WEIGHT_MODES, weight_mode, key="loss.weight_mode")
     regularise = _lookup(REGULARISERS, regulariser, key="loss.regulariser")
-    if sample_ids is None and SEQUENCE_MODES & {clip_mode, weight_mode}:
+    if sample_ids is None and not is_per_token(clip_mode, weight_mode):
         raise ValueError(
             f"clip_mode {clip_mode!r} with weight_mode {weight_mode!r} needs sample_ids, "
             "the sample of each entry."

@@ -5,23 +5,25 @@
     batch = jax.device_put(batch, batch_shardings(mesh))
 
 Parameters and activations have logical axes ("embed", "heads", …); `RULES` says which mesh axes cut
-which logical axis. Rows are cut over `data` and `fsdp` together, parameters over `fsdp` and
-`tensor`. An axis that does not divide is an error at start, never a silent copy.
+which logical axis. Rows are cut over `data` and `fsdp` together, their tokens over `context`,
+parameters over `fsdp` and `tensor`. An axis that does not divide is an error at start, never a
+silent copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import codjax_kernels
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codjax import models, types
 
-MESH_AXES = ("data", "fsdp", "tensor")  # each has a key of its name in `config.mesh`
+MESH_AXES = ("data", "fsdp", "context", "tensor")  # each has a key of its name in `config.mesh`
 
 RULES: dict[str, tuple[str, ...]] = {  # logical axis → mesh axes that cut it
     # parameters
@@ -35,36 +37,56 @@ RULES: dict[str, tuple[str, ...]] = {  # logical axis → mesh axes that cut it
     "norm": (),  # vectors: not worth gathering
     # activations
     "batch": ("data", "fsdp"),
-    "tokens": (),
+    "tokens": ("context",),
     "width": (),
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of all devices of all processes, with the axes `MESH_AXES`.
+def make_mesh(
+    data: int,
+    fsdp: int,
+    tensor: int,
+    context: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes `MESH_AXES`.
 
     Args:
         data: groups of devices that hold the parameters each.
         fsdp: devices over which a group cuts rows and parameters.
         tensor: devices over which it cuts heads, MLP and vocabulary.
-            One of the three may be -1: the devices that are left.
+        context: devices over which the tokens of a row are cut, for long rows.
+            One of the four may be -1: the devices that are left.
+        devices: to be used; None for all devices of all processes.
 
     Raises:
         ValueError: the product is not the number of devices.
     """
-    sizes = mesh_sizes(data, fsdp, tensor, num_devices=jax.device_count())
+    num_devices = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes(data, fsdp, tensor, context, num_devices=num_devices)
     return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
     )
 
 
-def mesh_sizes(data: int, fsdp: int, tensor: int, *, num_devices: int) -> dict[str, int]:
+def one_device() -> Mesh:
+    """The mesh of the first device alone."""
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def mesh_sizes(
+    data: int, fsdp: int, tensor: int, context: int = 1, *, num_devices: int
+) -> dict[str, int]:
     """Devices along each mesh axis, with -1 resolved; touches no device.
 
     >>> mesh_sizes(-1, 2, 2, num_devices=8)
-    {'data': 2, 'fsdp': 2, 'tensor': 2}
+    {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 2}
     """
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor), strict=True))
     asked = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -127,14 +149,32 @@ def param_shardings(model: models.Qwen3, mesh: Mesh) -> dict[str, Any]:
 
 
 def batch_shardings(mesh: Mesh) -> types.TokenBatch:
-    """Sharding of every field of a batch: rows over `data` and `fsdp`, numbers everywhere."""
-    rows = NamedSharding(mesh, spec(("batch",)))
+    """Sharding of every field of a batch.
+
+    Rows are cut over `data` and `fsdp`, their tokens over `context`. Whole over `context` are the
+    subtree ends, which every query looks at, and the scored entries, of which each device does
+    those whose source it has.
+    """
+    rows, tokens = (NamedSharding(mesh, spec(axes)) for axes in (("batch",), ("batch", "tokens")))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    numbers = {"normaliser", "num_scored"}
-    fields: dict[str, Any] = {
-        name: everywhere if name in numbers else rows for name in types.TokenBatch._fields
-    }
+    fields: dict[str, Any] = dict.fromkeys(types.TokenBatch._fields, rows)
+    fields |= {"tokens": tokens, "token_positions": tokens}
+    fields |= {"normaliser": everywhere, "num_scored": everywhere}
     return types.TokenBatch(**fields)
+
+
+def layout(mesh: Mesh) -> codjax_kernels.Layout | None:
+    """How the arrays of the kernels lie on the mesh; None on one device."""
+    if mesh.size == 1:
+        return None
+    return codjax_kernels.Layout(
+        mesh=mesh,
+        rows=RULES["batch"],
+        tokens=RULES["tokens"],
+        heads=RULES["heads"],
+        vocab=RULES["vocab"],
+        width=RULES["embed"],
+    )
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:

@@ -84,6 +84,12 @@ def validate(config: ConfigDict) -> None:
     )
     _check_tokenizer(config.tokenizer)
     _check_mesh(config.mesh, config.model)
+    if config.kernels.implementation is not None:
+        # Here, since it brings JAX, which most checks do without.
+        from codjax_kernels import IMPLEMENTATIONS
+
+        name = config.kernels.implementation
+        checks.choice("kernels.implementation", name, tuple(IMPLEMENTATIONS))
     _check_packs(config.packs)
     _check_rollout(config)
     _check_engine(config.engine, config.rollout)
@@ -389,6 +395,13 @@ def _check_batching(batching: ConfigDict, rollout: ConfigDict, mesh: ConfigDict)
         f"be a multiple of {shards}",
         "the rows are split over mesh.data times mesh.fsdp devices",
         batching.rows_per_microbatch,
+    )
+    checks.require(
+        batching.row_length % max(mesh.context, 1) == 0,
+        "batching.row_length",
+        f"be a multiple of {mesh.context}",
+        "the tokens of a row are split over mesh.context devices",
+        batching.row_length,
     )
 
 

@@ -25,6 +25,7 @@ def make_learner(data=2, fsdp=2, tensor=2):
             policy_loss=functools.partial(
                 losses.rec_loss, clip_mode="one_side", weight_mode="none"
             ),
+            is_per_token=True,
             temperature=1.0,
         ),
         mesh=sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor),

@@ -133,7 +133,7 @@ WRONG = [
     (["train", "GOOD", "--config.loss.eps_low=x"], "config.loss.eps_low must be a number; got 'x'"),
     (["train", "GOOD", "--config.packs.pad_to_full=maybe"], "must be true or false; got 'maybe'."),
     (["train", "GOOD", "--config.mesh=3"], "config.mesh must be a section of keys, as {'key': v"),
-    (["train", "GOOD", "--config.mesh={'data': 1}"], "codjax train: mesh.fsdp is missing: "),
+    (["train", "GOOD", "--config.mesh={'data': 1}"], "codjax train: mesh.context is missing: "),
     (
         ["train", "GOOD", "--workdir=x", "--config.rollout.group_size=1"],
         "codjax train: rollout.group_size must be at least 2: the baseline is a mean over the "

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import random
 
-import jax
 import numpy as np
 import pytest
 
@@ -154,12 +153,7 @@ def test_a_pack_from_end_to_end():
     )
     chat = chats.load_chat(made.tokenizer.source)
     model = build.make_model(made, chat)
-    mesh = jax.make_mesh(
-        (1, 1, 1),
-        sharding.MESH_AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=jax.devices()[:1],
-    )
+    mesh = sharding.one_device()
     params = build.first_params(made, model, mesh)
     sampler = build.make_engine(made, model, mesh)
     sampler.load_weights(params, policy_version=0)

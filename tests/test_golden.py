@@ -10,7 +10,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -53,14 +52,12 @@ def three_updates():
         optimizer=optax.adamw(1e-2),
         schedule=optax.constant_schedule(1e-2),
         objective=learner.Objective(
-            policy_loss=functools.partial(losses.rec_loss), temperature=1.0, entropy_coef=0.01
+            policy_loss=functools.partial(losses.rec_loss),
+            is_per_token=True,
+            temperature=1.0,
+            entropy_coef=0.01,
         ),
-        mesh=jax.make_mesh(
-            (1, 1, 1),
-            sharding.MESH_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
-            devices=jax.devices()[:1],
-        ),
+        mesh=sharding.one_device(),
         rows_per_microbatch=2,
     )
     state, found = made.init_state(build.params_of(models.init(config, seed=0))), []

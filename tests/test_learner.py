@@ -15,16 +15,8 @@ CONFIG = small.decoder_config(remat="full")
 
 def objective(**changes):
     policy_loss = functools.partial(losses.rec_loss, clip_mode="one_side", weight_mode="importance")
-    return learner.Objective(**({"policy_loss": policy_loss, "temperature": 1.0} | changes))
-
-
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1),
-        sharding.MESH_AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=jax.devices()[:1],
-    )
+    made = {"policy_loss": policy_loss, "is_per_token": True, "temperature": 1.0}
+    return learner.Objective(**(made | changes))
 
 
 def make_learner(*, rows=2, mesh=None, optimizer=None, **changes):
@@ -33,7 +25,7 @@ def make_learner(*, rows=2, mesh=None, optimizer=None, **changes):
         optimizer=optimizer or optax.adamw(1e-2, weight_decay=0.01),
         schedule=optax.constant_schedule(1e-2),
         objective=objective(**changes),
-        mesh=mesh or one_device(),
+        mesh=mesh or sharding.one_device(),
         rows_per_microbatch=rows,
     )
 
@@ -100,9 +92,26 @@ def test_sequence_level_ratios_survive_the_forest_too():
     forest = batching.build_batch(sequences, 64)
     plain = batching.build_batch(sequences, 24, share_prefixes=False)
     plain = pad_rows(plain, 16)
+    changes = {"policy_loss": policy_loss, "is_per_token": False}
     assert_same(
-        loss_and_grads(forest, rows=forest.tokens.shape[0], policy_loss=policy_loss),
-        loss_and_grads(plain, rows=16, policy_loss=policy_loss),
+        loss_and_grads(forest, rows=forest.tokens.shape[0], **changes),
+        loss_and_grads(plain, rows=16, **changes),
+    )
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 1, 2)])
+def test_gradients_made_in_the_forward_pass_are_those_of_differentiation(mesh):
+    batch = pad_rows(batching.build_batch(family(4), 24), 8)
+    batch = batch._replace(ref_logprobs=batch.sampler_logprobs - 0.3)
+    made = {
+        "rows": 8,
+        "mesh": mesh and sharding.make_mesh(*mesh),
+        "kl_coef": 0.2,
+        "entropy_coef": 0.1,
+    }
+    assert_same(
+        loss_and_grads(batch, is_per_token=True, **made),
+        loss_and_grads(batch, is_per_token=False, **made),
     )
 
 
@@ -127,10 +136,11 @@ def test_micro_batched_is_whole():
         assert_same(loss_and_grads(batch, rows=rows, entropy_coef=0.1), whole)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "axes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1), (1, 1, 1, 8), (1, 2, 2, 2)]
+)
 def test_eight_devices_are_one(axes):
-    data, fsdp, tensor = axes
-    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    mesh = sharding.make_mesh(*axes)
     batch = batching.build_batch(family(2), 24, num_rows=8)
     options = {"rows": 8, "entropy_coef": 0.1}
     assert_same(

@@ -2,11 +2,13 @@
 
 import dataclasses
 import doctest
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from codjax_kernels import forest_attention
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -41,12 +43,22 @@ def token_batch(num_rows, num_tokens, num_scored):
     )
 
 
-def loss_function(graphdef, constrain):
+def loss_function(graphdef, constrain, layout):
     def loss(params, batch):
         model = nnx.merge(graphdef, params)
-        hidden = model(batch.tokens, batch.token_positions, batch.subtree_end, constrain=constrain)
+        hidden = model(
+            batch.tokens,
+            batch.token_positions,
+            batch.subtree_end,
+            constrain=constrain,
+            attend=functools.partial(forest_attention, layout=layout),
+        )
         scores, entropy = logprobs.scored_logprobs(
-            hidden, model.unembedding, batch.source, batch.target, chunk_size=16
+            hidden,
+            model.unembedding,
+            batch.source,
+            batch.target,
+            projection=logprobs.Projection(layout=layout, chunk_size=16),
         )
         total = jnp.sum(batch.advantages * scores + 0.1 * entropy) / batch.normaliser
         return total, (hidden, scores)
@@ -54,17 +66,20 @@ def loss_function(graphdef, constrain):
     return jax.value_and_grad(loss, has_aux=True)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2, 1), (8, 1, 1, 1), (1, 4, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2)]
+)
 def test_sharded_equals_unsharded(shape, monkeypatch):
-    monkeypatch.setattr("codjax_kernels.xla.SINGLE_CHUNK_LOGITS", 0)
+    monkeypatch.setattr("codjax_kernels.xla.logprobs.SINGLE_CHUNK_LOGITS", 0)
     mesh = sharding.make_mesh(*shape)
     model = models.init(CONFIG, seed=0)
     graphdef, state = nnx.split(model)
     params, batch = nnx.to_pure_dict(state), token_batch(8, 10, 6)
-    alone = jax.jit(loss_function(graphdef, lambda x, axes: x))(params, batch)
+    alone = jax.jit(loss_function(graphdef, lambda x, axes: x, None))(params, batch)
     shardings = sharding.param_shardings(model, mesh)
     run = jax.jit(
-        loss_function(graphdef, sharding.constrain(mesh)), out_shardings=(None, shardings)
+        loss_function(graphdef, sharding.constrain(mesh), sharding.layout(mesh)),
+        out_shardings=(None, shardings),
     )
     split = run(
         jax.device_put(params, shardings), jax.device_put(batch, sharding.batch_shardings(mesh))
@@ -110,14 +125,19 @@ def test_batch_rows_are_cut_and_numbers_are_not():
 
 
 def test_mesh_takes_the_devices_that_are_left():
-    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "context": 1,
+        "tensor": 2,
+    }
     assert not doctest.testmod(sharding).failed
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((2, 2, 1), r"must be the number of devices, 8; got mesh.data = 2, mesh.fsdp = 2, mesh.t"),
+        ((2, 2, 1), r"must be the number of devices, 8; got mesh.data = 2, mesh.fsdp = 2, mesh.c"),
         ((-1, 3, 1), r"must divide the number of devices, 8; got mesh.data = -1, mesh.fsdp = 3"),
         ((-1, -1, 1), "one of them may be -1"),
         ((0, 8, 1), "must be at least 1"),

@@ -58,7 +58,7 @@ WRONG = [
         {"optimizer.learning_rat": 1.0},
         r"learning_rat is not a config key \(did you mean learning_rate",
     ),
-    ({"mesh": ConfigDict({"data": 1})}, r"mesh\.fsdp is missing: start from default_config\(\)"),
+    ({"mesh": ConfigDict({"data": 1})}, r"mesh\.context is missing: start from default_config\(\)"),
     ({"mesh": 3}, r"mesh must be a section of keys; got 3\."),
     ({"tasksets.a/b": ConfigDict()}, r"tasksets must have names without slashes.*got 'a/b'\."),
     ({"tasksets.lake": "x"}, r"tasksets\.lake must be made by taskset\(…\); got 'x'\."),
@@ -78,6 +78,11 @@ WRONG = [
     ({"mesh.tensor": 3}, r"model\.num_heads must be a multiple of mesh\.tensor = 3: .*; got 4\."),
     ({"mesh.tensor": 4}, r"model\.num_kv_heads must be a multiple of mesh\.tensor = 4: .*; got 2"),
     ({"mesh.fsdp": 3}, r"model\.hidden_size must be a multiple of mesh\.fsdp = 3: .*; got 64\."),
+    ({"mesh.context": 7}, r"batching\.row_length must be a multiple of 7: .*mesh\.context"),
+    (
+        {"kernels.implementation": "pallas"},
+        r"kernels\.implementation must be one of xla, pallas_tpu, pallas_gpu; got 'pallas'",
+    ),
     # Packs and rollout.
     ({"packs.size": 0}, r"packs\.size must be at least 1: it counts the tasks of a pack; got 0\."),
     ({"packs.mode": "rolph_full"}, r"got 'rolph_full' \(did you mean ralph_full\?\)\."),

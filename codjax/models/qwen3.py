@@ -27,6 +27,7 @@ from codjax.models.config import DecoderConfig
 Layer = Mapping[str, Array]  # parameters of one layer, in the compute dtype, by name
 Rope = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cosines and sines
 Constrain = Callable[[Array, tuple[str, ...]], Array]
+Attend = Callable[[Array, Array, Array, Array], Array]
 
 _ACTIVATION_AXES = ("batch", "tokens", "width")
 _LAYERS = "layers."
@@ -121,6 +122,7 @@ class Qwen3(nnx.Module):
         subtree_end: Int[Array, "B T"],
         *,
         constrain: Constrain = lambda x, axes: x,
+        attend: Attend = forest_attention,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm, in the compute dtype.
 
@@ -130,6 +132,8 @@ class Qwen3(nnx.Module):
             subtree_end: token `i` sees token `j` of its row iff ``j <= i < subtree_end[j]``.
             constrain: pins activations, given with their logical axes, to a mesh;
                 `sharding.constrain(mesh)` makes one.
+            attend: attention under the interval mask, ``(q, k, v, subtree_end)``; on a mesh,
+                `codjax_kernels.forest_attention` with its layout bound.
         """
         config = self.config
         rope = rope_angles(token_positions, config)
@@ -137,7 +141,7 @@ class Qwen3(nnx.Module):
         def run_layer(x: Array, stored: Mapping[str, Array]) -> tuple[Array, None]:
             layer = in_compute_dtype(stored, config)
             q, k, v = attention_inputs(layer, x, rope, config)
-            x = layer_output(layer, x, forest_attention(q, k, v, subtree_end), config)
+            x = layer_output(layer, x, attend(q, k, v, subtree_end), config)
             return constrain(x, _ACTIVATION_AXES), None
 
         x = constrain(self.embed(tokens), _ACTIVATION_AXES)

@@ -25,6 +25,20 @@ def token_logprobs(
     return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], entropy
 
 
+def token_kl(
+    hidden: Float[Array, "K D"],
+    unembedding: Float[Array, "V D"],
+    teacher_hidden: Float[Array, "K E"],
+    teacher_unembedding: Float[Array, "V E"],
+    temperature: float | int | Float[Array, "..."] = 1.0,
+) -> Float[Array, " K"]:
+    """KL(student || teacher) in nats."""
+    scale = jnp.broadcast_to(temperature, hidden.shape[:1])[:, None]
+    student = jax.nn.log_softmax(hidden @ unembedding.T / scale, axis=-1)
+    teacher = jax.nn.log_softmax(teacher_hidden @ teacher_unembedding.T / scale, axis=-1)
+    return jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
+
+
 def forest_mask(subtree_end: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Whether token `i` (second axis) sees token `j` (last axis): ``j <= i < subtree_end[j]``."""
     index = jnp.arange(subtree_end.shape[1])

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codjax_kernels import forest_attention, reference, xla
+from codjax_kernels import forest_attention, reference
+from codjax_kernels.xla import attention as xla
 
 
 def random_forest(rng, num_rows, num_tokens):
@@ -92,6 +93,26 @@ def test_one_block_equals_many(monkeypatch):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_queries_in_blocks_over_the_keys_before_their_end(monkeypatch):
+    inputs = problem(2, 37, 4, 2, 8)
+    whole = value_and_grad(forest_attention, *inputs)
+    monkeypatch.setattr(xla, "CAUSAL_BLOCK", 8)
+    for one, other in zip(whole, value_and_grad(forest_attention, *inputs), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 5, 24])
+def test_some_of_the_queries(start, small_blocks):
+    *inputs, subtree_end, _ = problem(2, 37, 4, 2, 8)
+    q, k, v = (jnp.asarray(x) for x in inputs)
+    whole = reference.forest_attention(q, k, v, jnp.asarray(subtree_end))
+    for query_start in (start, jnp.int32(start)):
+        some = xla.forest_attention(
+            q[:, start : start + 13], k, v, subtree_end, query_start=query_start
+        )
+        np.testing.assert_allclose(some, whole[:, start : start + 13], atol=1e-5)
+
+
 def test_bfloat16(small_blocks):
     q, k, v, subtree_end, out_bar = problem(2, 200, 4, 2, 16)
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
@@ -128,7 +149,7 @@ def test_bad_calls():
     q, k, v, subtree_end, _ = problem(1, 4, 3, 2, 4)
     with pytest.raises(ValueError, match="M dividing N"):
         forest_attention(q, k, v, subtree_end)
-    with pytest.raises(ValueError, match="'pallas_gpu' is not available; this version has 'xla'"):
-        forest_attention(q, q, q, subtree_end, "pallas_gpu")
+    with pytest.raises(ValueError, match="one of 'xla', 'pallas_tpu', 'pallas_gpu'; got 'cuda'"):
+        forest_attention(q, q, q, subtree_end, "cuda")
     with pytest.raises(ValueError, match="Pallas kernels only"):
         forest_attention(q, q, q, subtree_end, "xla", True)

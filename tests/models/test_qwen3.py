@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from codjax_kernels import xla
+from codjax_kernels.xla import attention as xla
 from flax import nnx
 
 from codjax import logprobs, models

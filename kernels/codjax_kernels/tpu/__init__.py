@@ -1,0 +1,1 @@
+"""Pallas kernels for TPUs: `logprobs`, `attention`, and the block shapes tuned for each chip."""
