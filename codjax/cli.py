@@ -246,6 +246,13 @@ def _bench(_: None, options: dict[str, Any], positional: list[str]) -> None:
     name = positional[0] if positional else None
     if name is not None:
         checks.choice("NAME", name, bench.BENCHES)
+    of_kernels = {flag.name: options[flag.name] for flag in _KERNEL_FLAGS}
+    if name == "kernels":
+        bench.main(name, options["output"], **of_kernels)
+        return
+    for flag in _KERNEL_FLAGS:
+        if of_kernels[flag.name] != flag.default:
+            raise ConfigError(f"--{flag.name} is for codjax bench kernels only; leave it out.")
     bench.main(name, options["output"])
 
 
@@ -298,6 +305,19 @@ def _write(text: str, *, to: Any = None) -> None:
     stream.flush()
 
 
+_KERNEL_FLAGS = (
+    Flag(
+        name="topology",
+        default="v5e",
+        placeholder="NAME",
+        help="bench kernels: the TPU whose cycles and memory are told, as v5p or v6e",
+    ),
+    Flag(
+        name="tune",
+        default=False,
+        help="bench kernels: search block shapes for that TPU instead, by simulated cycles",
+    ),
+)
 _WORKDIR = Flag(name="workdir", default=None, placeholder="DIR", help="folder of the run")
 COMMANDS = {
     "train": Command(
@@ -351,6 +371,7 @@ COMMANDS = {
                 placeholder="FILE.json",
                 help="also write the numbers there",
             ),
+            *_KERNEL_FLAGS,
         ),
     ),
 }

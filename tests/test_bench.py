@@ -1,12 +1,15 @@
 """Benchmarks at toy size: they compare like with like, and say what they measured on."""
 
 import json
+import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from codjax import bench, chat
-from codjax.bench import material, rollouts, sampling, updates
+from codjax.bench import loss_head, material, rollouts, sampling, trainers, tunix_step, updates
+from codjax.checks import ConfigError
 
 # One step solves the last of four tasks now and then, so that there is something to learn.
 TINY_MODEL = {"vocab_size": 1024, "num_layers": 1, "rounds": 1}
@@ -20,6 +23,13 @@ TINY_LEARNER = {
 }
 TINY_ENGINE = {**TINY_MODEL, "pack_size": 1, "group_size": 2, "max_turns": 2, "num_thoughts": 1}
 TINY_ROLLOUT = {"num_packs": 1, "group_size": 2, "pack_size": 2, "rounds": 2}
+TINY_STEP = {
+    "num_rows": 2,
+    "row_length": 16,
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_layers": 1,
+}
 
 
 def test_the_learner_saves_tokens_projections_and_memory(monkeypatch):
@@ -48,6 +58,114 @@ def test_variants_that_make_different_steps_are_not_timed():
             updates._check_same({"one": step, "other": step | {key: value}})
     with pytest.raises(RuntimeError, match="nothing was trained"):
         updates._check_same({"one": step | {"loss/total": 0.0}, "other": step})
+
+
+def test_every_loss_head_finds_the_same_and_projects_what_it_says():
+    # More than xla.logprobs.SINGLE_CHUNK_LOGITS, so that there are chunks.
+    tables = loss_head.bench(
+        num_positions=256, hidden_size=8, vocab_size=5000, chunk_size=64, rounds=1
+    )
+    assert list(tables) == ["loss_head, all scored", "loss_head, 25% scored"]
+    every, some = tables.values()
+    assert [row["variant"] for row in every] == [
+        "whole logits",
+        "chunks, rematerialised",
+        "codjax, recomputing",
+        "codjax, in forward",
+    ]
+    assert [row["variant"] for row in some] == ["masked", "compacted"]
+    assert {row["scored"] for row in every} == {256}
+    assert {row["scored"] for row in some} == {64}
+    assert [row["projected"] for row in every + some] == [256] * 5 + [64]
+    logits_mib = 256 * 5000 * 4 / 2**20
+    assert every[0]["temporaries_mib"] > logits_mib
+    for rows in (every, some):
+        for row in rows:
+            assert row is every[0] or row["temporaries_mib"] < 0.6 * logits_mib
+            assert row["x_temporaries"] == row["temporaries_mib"] / rows[0]["temporaries_mib"]
+
+
+def test_loss_heads_that_find_something_else_are_not_timed():
+    def result(loss, hidden, table):
+        return jnp.float32(loss), (jnp.float32([hidden]), jnp.float32([table]))
+
+    right = result(1.0, [2.0, 0.0], [0.0, -3.0])
+    loss_head.check_same({"one": right, "other": result(1.00005, [2, 1e-5], [0, -3])}, 1e-4)
+    for other, what in (
+        (result(1.001, [2, 0], [0, -3]), "the loss of 'other'"),
+        (result(1, [2, 0.001], [0, -3]), "the gradient of the hidden states of 'other'"),
+        (result(1, [2, 0], [0, float("nan")]), "the gradient of the table of 'other'"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{what} and of 'one' differ"):
+            loss_head.check_same({"one": right, "other": other}, 1e-4)
+    with pytest.raises(RuntimeError, match="the gradient of the table of 'one' is 0"):
+        loss_head.check_same({"one": result(1, [2, 0], [0, 0])}, 1e-4)
+
+
+def test_the_step_of_the_tunix_benchmark_is_the_same_row_by_row():
+    job, given = tunix_step.make_job(**TINY_STEP)
+    metrics, changes = {}, {}
+    for name, way in (("whole", trainers.Way(2, "none")), ("by row", trainers.Way(1, "full"))):
+        made = trainers.codjax_trainer(job, way, given)
+        made.step()
+        metrics[name] = made.first_metrics()
+        changes[name] = {key: new - given.weights[key] for key, new in made.weights().items()}
+    tunix_step.check_same(metrics, changes)
+    assert changes["whole"].keys() == given.weights.keys()
+    assert 0 < metrics["whole"]["loss/clip_frac"] < 0.5  # so that the clip is compared, too
+
+
+def test_trainers_that_make_different_steps_are_not_compared():
+    step = {"loss/entropy": 3.0, "optimizer/grad_norm": 2.0}
+    change = {"embedding": np.float32([[3.0, 4.0]]), "final_norm": np.float32([0.0])}
+    tunix_step.check_same(
+        {"one": step, "other": {"loss/entropy": 3.0002}},  # it does not report its norm
+        {"one": change, "other": change | {"final_norm": np.float32([0.004])}},
+    )
+    for other, turned, what in (
+        (step | {"loss/entropy": 3.001}, change, "loss/entropy is 3.001 in 'other' and 3.0 in"),
+        (step | {"optimizer/grad_norm": float("nan")}, change, "grad_norm is nan in 'other'"),
+        (
+            step,
+            change | {"final_norm": np.float32([0.01])},
+            "weights .* 'other' .* differ by 0.002",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            tunix_step.check_same({"one": step, "other": other}, {"one": change, "other": turned})
+
+
+def test_a_contender_is_timed_in_a_process_of_its_own(monkeypatch):
+    contenders = {"codjax": tunix_step.CONTENDERS["codjax"]}
+    monkeypatch.setattr(tunix_step, "CONTENDERS", contenders)
+    (row,) = tunix_step.bench(**TINY_STEP, rounds=1)
+    assert row["variant"] == "codjax"
+    assert row["rows_at_once"] == 2
+    assert row["process_mib"] > row["temporaries_mib"] > 0
+    assert row["x_seconds"] == 1
+
+    monkeypatch.setitem(contenders, "codjax", contenders["codjax"]._replace(remat="no such thing"))
+    with pytest.raises(RuntimeError, match=r"(?s)ended at 'step':.*no such thing"):
+        tunix_step.bench(**TINY_STEP, rounds=1)
+
+
+def test_without_tunix_the_benchmark_says_how_to_get_it(monkeypatch, tmp_path):
+    older = tmp_path / "python"
+    older.write_text("#!/bin/sh\necho 0.1.3\n")
+    older.chmod(0o755)
+    for python, found in ((str(older), "has 0.1.3"), ("/no/such/python", "has none")):
+        monkeypatch.setenv(tunix_step.PYTHON_VARIABLE, python)
+        with pytest.raises(ConfigError, match=f"{found}.*pip install google-tunix==0.1.7"):
+            tunix_step.bench(**TINY_STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    tunix_step.PYTHON_VARIABLE not in os.environ, reason="no interpreter with Tunix is named"
+)
+def test_tunix_makes_the_same_step():
+    rows = tunix_step.bench(**TINY_STEP, rounds=1)
+    assert [row["variant"] for row in rows] == list(tunix_step.CONTENDERS)
 
 
 def test_both_samplers_answer_the_same_and_one_feeds_less():
@@ -103,4 +221,12 @@ def test_main_writes_what_a_number_must_be_read_with(tmp_path, monkeypatch, caps
     assert written["versions"]["numpy"] == np.__version__
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("toy", "ours", "1,234", "12,345", "-"))
+
+    def lack(*, size: int = 1):
+        raise ConfigError(f"of this size, {size}, nothing is installed")
+
+    monkeypatch.setitem(bench.BENCHES, "lacking", lack)
     assert bench.main(None, None)["benches"].keys() == {"toy", "other"}
+    assert "lacking is left out: of this size, 1, nothing" in capsys.readouterr().out
+    with pytest.raises(ConfigError):
+        bench.main("lacking", None)

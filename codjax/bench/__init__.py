@@ -1,8 +1,12 @@
 """The project's benchmarks: `codjax bench [NAME] [--output=FILE.json]`.
 
-    learner   seconds and memory of an update, against the trainers that one would write first
-    engine    the in-process sampler with and without prefix reuse
-    rollout   what the rollout layer itself costs per model call
+    learner    seconds and memory of an update, against the trainers that one would write first
+    loss_head  loss and gradient over the vocabulary, against whole logits and chunks of them
+    tunix      a whole GRPO step, against Tunix
+    engine     the in-process sampler with and without prefix reuse
+    rollout    what the rollout layer itself costs per model call
+    forests    operations of an update with and without prefix forests, counted
+    kernels    cycles and memory of the kernels as the TPU compiler says, without a TPU
 
 A benchmark is a function from its sizes, keyword arguments with defaults, to rows of a table. It
 runs its variants in turn, round after round, so that a busy machine hurts all of them alike, gives
@@ -29,24 +33,32 @@ import jax
 import rich.console
 import rich.table
 
-from codjax.bench import rollouts, sampling, updates
+from codjax.bench import forests, kernels, loss_head, rollouts, sampling, tunix_step, updates
 from codjax.bench.material import Row
+from codjax.checks import ConfigError
 
-BENCHES: dict[str, Callable[..., list[Row]]] = {
+Tables = dict[str, list[Row]]  # by title, for a benchmark of more than one
+
+BENCHES: dict[str, Callable[..., list[Row] | Tables]] = {
     "learner": updates.bench,
+    "loss_head": loss_head.bench,
+    "tunix": tunix_step.bench,
     "engine": sampling.bench,
     "rollout": rollouts.bench,
+    "forests": forests.bench,
+    "kernels": kernels.bench,
 }
 
 _PACKAGES = ("codjax", "jax", "jaxlib", "flax", "numpy", "optax")
 
 
-def main(name: str | None, output: str | None) -> dict[str, Any]:
+def main(name: str | None, output: str | None, **arguments: Any) -> dict[str, Any]:
     """Runs one benchmark or all, prints their tables, and writes the numbers if asked to.
 
     Args:
         name: a key of `BENCHES`; None for all of them, one after the other.
         output: JSON file to write; None for none.
+        **arguments: of the one benchmark, in place of its defaults.
 
     Returns:
         What the file holds: where and of what the numbers are, then sizes and rows by benchmark.
@@ -54,9 +66,19 @@ def main(name: str | None, output: str | None) -> dict[str, Any]:
     report: dict[str, Any] = circumstances() | {"benches": {}}
     console = rich.console.Console()
     for chosen in BENCHES if name is None else [name]:
-        rows = BENCHES[chosen]()
-        report["benches"][chosen] = {"sizes": _sizes(BENCHES[chosen]), "rows": rows}
-        console.print(table(chosen, rows))
+        try:
+            rows = BENCHES[chosen](**arguments)
+        except ConfigError as error:  # it needs what is not installed here
+            if name is not None:
+                raise
+            console.print(f"{chosen} is left out: {error}")
+            continue
+        report["benches"][chosen] = {
+            "sizes": _sizes(BENCHES[chosen]) | arguments,
+            "rows": rows,
+        }
+        for title, part in (rows if isinstance(rows, dict) else {chosen: rows}).items():
+            console.print(table(title, part))
     if output is not None:
         path = pathlib.Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +87,15 @@ def main(name: str | None, output: str | None) -> dict[str, Any]:
 
 
 def table(title: str, rows: Sequence[Row]) -> rich.table.Table:
-    """Rows as a table for people: a column a row, since numbers are many and variants few."""
+    """Rows as a table for people: a column a row, unless they are more than their numbers."""
     label, *keys = rows[0]
+    if len(rows) > len(keys):
+        long = rich.table.Table(label, title=title)
+        for key in keys:
+            long.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+        for row in rows:
+            long.add_row(*(_text(value) for value in row.values()))
+        return long
     made = rich.table.Table(label, *(str(row[label]) for row in rows), title=title)
     for column in made.columns[1:]:
         column.justify = "right"

@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tokenizers
 import transformers
 from ml_collections import ConfigDict
 
-from codjax import build, packs, sharding, types
+from codjax import build, packs, types
 from codjax import chat as chats
 from codjax.config import default_config, taskset
 from codjax.rollout import prompts, runner, scripted
@@ -175,16 +174,6 @@ def word_chat() -> chats.Chat:
     )
     tokenizer.chat_template = chats.CHATML
     return chats.Chat(tokenizer, name="the tokenizer of the benchmarks")
-
-
-def one_device() -> jax.sharding.Mesh:
-    """A mesh of the first device: the benchmarks compare programs, not machines."""
-    return jax.make_mesh(
-        (1, 1, 1),
-        sharding.MESH_AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.MESH_AXES),
-        devices=jax.devices()[:1],
-    )
 
 
 class Timing(NamedTuple):

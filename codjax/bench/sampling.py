@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from codjax import build, models, seeds
+from codjax import build, models, seeds, sharding
 from codjax.bench import material
 from codjax.config import default_config
 from codjax.rollout import engine
@@ -126,7 +126,7 @@ def _contender(model: models.Qwen3, group: material.Group, *, reuses: bool) -> _
     config.engine.max_tokens = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     if not reuses:
         config.engine.min_shared_prefix = _NEVER
-    sampler = build.make_engine(config, model, material.one_device())
+    sampler = build.make_engine(config, model, sharding.one_device())
     return _Contender(
         sampler=sampler,
         weights=build.params_of(model),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from codjax import batching, build, learner, losses, models, optim, scoring, train, types
+from codjax import batching, build, learner, losses, models, optim, scoring, sharding, train, types
 from codjax.bench import material
 from codjax.config import default_config
 
@@ -165,8 +165,13 @@ def _contender(
         model,
         optimizer=optim.make_optimizer(optimizer, num_steps=1),
         schedule=optim.make_schedule(optimizer, num_steps=1),
-        objective=learner.Objective(policy_loss=policy_loss, temperature=1.0),
-        mesh=material.one_device(),
+        objective=learner.Objective(
+            policy_loss=policy_loss,
+            # Whole logits are made in `_forward`, which automatic differentiation goes through.
+            is_per_token=variant.make is learner.Learner,
+            temperature=1.0,
+        ),
+        mesh=sharding.one_device(),
         rows_per_microbatch=1,
     )
     return _Contender(
