@@ -29,6 +29,7 @@ def compiled(topology, *, num_tokens, num_heads, num_kv_heads, head_dim=128):
     return topologies.compile(forward_and_backward, q, k, k, ends, q, topology=topology)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 72, 192, 256])
 def test_head_sizes_compile(head_dim):
     program = compiled("v5e", num_tokens=640, num_heads=7, num_kv_heads=1, head_dim=head_dim)
