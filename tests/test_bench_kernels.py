@@ -87,13 +87,10 @@ def test_the_entropys_gradient_is_that_of_autodiff():
         policy = programs.policy_loss(logprobs, given.advantages, given.old_logprobs)
         return policy - 0.1 * jnp.sum(entropy)
 
-    expected = jax.value_and_grad(loss, (0, 1))(given.hidden, given.table)
+    expected = jax.grad(loss, (0, 1))(given.hidden, given.table)
     for implementation in ("xla", "pallas_tpu"):
-        total, *bars = programs.recomputed(
-            given, implementation=implementation, entropy_coefficient=0.1
-        )
-        np.testing.assert_allclose(total, expected[0], rtol=1e-5)
-        for found, wanted in zip(bars, expected[1], strict=True):
+        bars = programs.recomputed(given, implementation=implementation, entropy_coefficient=0.1)
+        for found, wanted in zip(bars, expected, strict=True):
             np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 

@@ -1,7 +1,7 @@
 """The programs that `codjax bench kernels` compiles: the vocabulary head and attention.
 
     forward:    (hidden, table, targets) -> (log-probs, entropies)
-    training:   `Training` -> (loss, gradient of hidden, gradient of table)
+    training:   `Training` -> (gradient of hidden, gradient of table)
     attention:  (q, k, v) -> out, and `AttentionTraining` -> (out, gradients of q, k and v)
 
 The training loss is PPO's clipped objective, whose derivative by a log-prob depends on that
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -91,15 +91,14 @@ def rematerialised_chunks(
     return logprobs.reshape(-1), entropy.reshape(-1)
 
 
-def differentiated(given: Training, *, scores: Scores) -> tuple[Array, Array, Array]:
+def differentiated(given: Training, *, scores: Scores) -> tuple[Array, Array]:
     """Training by automatic differentiation of a forward program."""
 
     def loss(hidden: Array, table: Array) -> Array:
         logprobs, _ = scores(hidden, table, given.targets)
         return policy_loss(logprobs, given.advantages, given.old_logprobs)
 
-    total, bars = jax.value_and_grad(loss, argnums=(0, 1))(given.hidden, given.table)
-    return total, *bars
+    return jax.grad(loss, argnums=(0, 1))(given.hidden, given.table)
 
 
 def by_statistics(
@@ -110,37 +109,36 @@ def by_statistics(
     return _results(passes.statistics(Rows(hidden, targets, None, None), table))
 
 
-def recomputed_with_mean(given: Training, *, implementation: str) -> tuple[Array, Array, Array]:
+def recomputed_with_mean(given: Training, *, implementation: str) -> tuple[Array, Array]:
     """Training by `statistics_and_mean` and `table_gradient`: 4 matrix products."""
     passes = _passes(implementation)
     rows = Rows(given.hidden, given.targets, None, None)
     assert passes.statistics_and_mean is not None
     statistics, others = passes.statistics_and_mean(rows, given.table)
-    total, gradient = _loss_gradient(statistics, given)
+    gradient = _loss_gradient(statistics, given)
     table_bar = passes.table_gradient(rows, given.table, gradient)
     of_target = gradient.of_all * jnp.expm1(_results(statistics)[0])
     hidden_bar = gradient.of_all[:, None] * others + of_target[:, None] * given.target_rows
-    return total, hidden_bar.astype(given.hidden.dtype), table_bar
+    return hidden_bar.astype(given.hidden.dtype), table_bar
 
 
 def recomputed(
     given: Training, *, implementation: str, entropy_coefficient: float = 0.0
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Training by `statistics` and `gradients`, which makes the logits again."""
     passes = _passes(implementation)
     rows = Rows(given.hidden, given.targets, None, None)
     statistics = passes.statistics(rows, given.table)
-    total, gradient = _loss_gradient(statistics, given)
+    gradient = _loss_gradient(statistics, given)
     if entropy_coefficient:
         of_logit = jnp.full_like(given.advantages, entropy_coefficient)
         gradient = gradient._replace(
             of_all=gradient.of_all - of_logit * statistics.mean_logit, of_logit=of_logit
         )
-        total = total - entropy_coefficient * jnp.sum(_results(statistics)[1])
-    return total, *passes.gradients(rows, given.table, gradient)
+    return passes.gradients(rows, given.table, gradient)
 
 
-def made_in_forward(given: Training, *, implementation: str) -> tuple[Array, Array, Array]:
+def made_in_forward(given: Training, *, implementation: str) -> tuple[Array, Array]:
     """Training by `stored_statistics` and `stored_gradients`, a block of entries at a time."""
     passes = _passes(implementation)
     block_rows = min(passes.block_rows, given.targets.shape[0])
@@ -148,19 +146,18 @@ def made_in_forward(given: Training, *, implementation: str) -> tuple[Array, Arr
     assert store is not None
     assert use is not None
 
-    def step(total_bar: Array, block: Training) -> tuple[Array, tuple[Array, Array]]:
+    def step(total: Array, block: Training) -> tuple[Array, Array]:
         rows = Rows(block.hidden, block.targets, None, None)
         statistics, stored = store(rows, given.table)
-        total, gradient = _loss_gradient(statistics, block)
-        hidden_bar, total_bar = use(rows, given.table, stored, gradient, total_bar)
-        return total_bar, (total, hidden_bar)
+        gradient = _loss_gradient(statistics, block)
+        hidden_bar, total = use(rows, given.table, stored, gradient, total)
+        return total, hidden_bar
 
     per_entry = given._replace(table=None)  # type: ignore[arg-type]
     per_block = jax.tree.map(lambda x: x.reshape(-1, block_rows, *x.shape[1:]), per_entry)
     zero = jnp.zeros(given.table.shape, jnp.float32)
-    table_bar, (totals, hidden_bar) = jax.lax.scan(step, zero, per_block)
-    hidden_bar = hidden_bar.reshape(given.hidden.shape)
-    return jnp.sum(totals), hidden_bar, table_bar.astype(given.table.dtype)
+    table_bar, hidden_bar = jax.lax.scan(step, zero, per_block)
+    return hidden_bar.reshape(given.hidden.shape), table_bar.astype(given.table.dtype)
 
 
 def public_scores(
@@ -172,7 +169,7 @@ def public_scores(
     )
 
 
-def public_token_loss(given: Training, *, implementation: str) -> tuple[Array, Array, Array]:
+def public_token_loss(given: Training, *, implementation: str) -> tuple[Array, Array]:
     """Training through `codjax_kernels.token_loss`, with the gradient made in the forward pass."""
 
     def by_entry(logprobs: Array, _: Array, operands: tuple[Array, Array]) -> Array:
@@ -189,12 +186,11 @@ def public_token_loss(given: Training, *, implementation: str) -> tuple[Array, A
             entropy_gradient=False,
         )[0]
 
-    total, bars = jax.value_and_grad(loss, argnums=(0, 1))(given.hidden, given.table)
-    return total, *bars
+    return jax.grad(loss, argnums=(0, 1))(given.hidden, given.table)
 
 
-def public_divergence(given: Training, teacher: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """Distillation through `codjax_kernels.token_kl`: the sum of divergences and its gradients."""
+def public_divergence(given: Training, teacher: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Distillation through `codjax_kernels.token_kl`: gradients of the sum of divergences."""
 
     def loss(hidden: Array, table: Array) -> Array:
         return jnp.sum(
@@ -207,8 +203,7 @@ def public_divergence(given: Training, teacher: tuple[Array, Array]) -> tuple[Ar
             )
         )
 
-    total, bars = jax.value_and_grad(loss, argnums=(0, 1))(given.hidden, given.table)
-    return total, *bars
+    return jax.grad(loss, argnums=(0, 1))(given.hidden, given.table)
 
 
 def tokamax_scores(hidden: Array, table_DV: Array, targets: Array) -> Array:
@@ -220,7 +215,7 @@ def tokamax_scores(hidden: Array, table_DV: Array, targets: Array) -> Array:
         )
 
 
-def tokamax_training(given: Training) -> tuple[Array, Array, Array]:
+def tokamax_training(given: Training) -> tuple[Array, Array]:
     """Training by tokamax's kernels; the table of `given` is `[D V]`."""
 
     def scores(hidden: Array, table_DV: Array, targets: Array) -> tuple[Array, None]:
@@ -231,31 +226,19 @@ def tokamax_training(given: Training) -> tuple[Array, Array, Array]:
         return differentiated(given, scores=scores)
 
 
-def with_bounds(
-    *arguments: Any, run: Callable[..., Any], ours_mib: int, tokamax_mib: int | None
-) -> Any:
-    """`run`, with kernels that reserve no more vector memory than this.
-
-    A kernel's bound does not change what it does. But when the compiler is to simulate, it adds
-    the bound to what the kernel and other operations really use, and refuses the sum.
-
-    Args:
-        *arguments: of `run`.
-        run: the program.
-        ours_mib: for our kernels.
-        tokamax_mib: for tokamax's; None if `run` has none.
-    """
-    bounded = {
-        name: dataclasses.replace(chip, vmem_bytes=min(chip.vmem_bytes, ours_mib * _MIB))
+def bounded(*arguments: Any, run: Callable[..., Any], vmem_mib: int) -> Any:
+    """`run`, with kernels, ours and tokamax's, that may take no more vector memory than this."""
+    chips = {
+        name: dataclasses.replace(chip, vmem_bytes=min(chip.vmem_bytes, vmem_mib * _MIB))
         for name, chip in blocks.CHIPS.items()
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(blocks.CHIPS, bounded))
-        if tokamax_mib is not None:
+        stack.enter_context(mock.patch.dict(blocks.CHIPS, chips))
+        if importlib.util.find_spec("tokamax"):
             kernel = importlib.import_module(
                 "tokamax._src.ops.linear_softmax_cross_entropy_loss.pallas_mosaic_tpu_kernel"
             )
-            bound = min(kernel._get_vmem_limit_bytes(), tokamax_mib * _MIB)
+            bound = min(kernel._get_vmem_limit_bytes(), vmem_mib * _MIB)
             stack.enter_context(
                 mock.patch.object(kernel, "_get_vmem_limit_bytes", return_value=bound)
             )
@@ -306,9 +289,9 @@ def _results(statistics: Statistics) -> tuple[Array, Array]:
     return logprobs, statistics.log_normaliser - statistics.mean_logit
 
 
-def _loss_gradient(statistics: Statistics, given: Training) -> tuple[Array, LogitGradient]:
+def _loss_gradient(statistics: Statistics, given: Training) -> LogitGradient:
     logprobs, _ = _results(statistics)
-    total, bar = jax.value_and_grad(policy_loss)(logprobs, given.advantages, given.old_logprobs)
-    return total, LogitGradient(
+    bar = jax.grad(policy_loss)(logprobs, given.advantages, given.old_logprobs)
+    return LogitGradient(
         log_normaliser=statistics.log_normaliser, of_target=bar, of_all=-bar, of_logit=None
     )

@@ -33,8 +33,9 @@ LOGPROB_TOLERANCE, ENTROPY_TOLERANCE = 2e-5, 5e-5
 # Automatic differentiation of whole logits rounds the result to bfloat16, the kernels also what
 # enters the matrix units: two roundings of one size make 1.41 times its error.
 TIMES_NAIVE = 1.5
-# From float64 sums of terms that are rounded alike: float32 sums tip a rounding now and then.
-TIPPED = {jnp.bfloat16: 6e-4, jnp.float32: 3e-6}
+# From float64 sums of terms that are rounded alike: float32 sums tip a rounding now and then. The
+# weights of float32 logits, up to 50 here, are exact to 3e-6.
+TIPPED = {jnp.bfloat16: 6e-4, jnp.float32: 1e-5}
 
 
 class Case(NamedTuple):
@@ -248,13 +249,23 @@ def test_equals_whole_logits_in_float64_at_random_sizes(data):
     case = Case(
         num_rows=num_rows,
         width=data.draw(st.integers(1, 140)),
-        vocab_size=data.draw(st.integers(1, 300)),
+        vocab_size=data.draw(st.integers(2, 300)),
         dtype=data.draw(st.sampled_from([jnp.bfloat16, jnp.float32])),
         has_temperature=data.draw(st.booleans()),
         num_valid=data.draw(st.none() | st.integers(1, num_rows)),
         scale=data.draw(st.sampled_from([0.1, 3.0, 10.0])),
     )
     check(problem(case, data.draw(st.integers(0, 1000))))
+
+
+def test_a_vocabulary_of_one_moves_nothing():
+    wanted = problem(Case(20, 16, 1))
+    exact = whole_logits(wanted, jnp.float64)
+    made = passes(wanted, logit_gradient(wanted, exact))
+    for name in ("statistics", "mean", "stored"):
+        check_statistics(made[name], exact)
+    for name in ("hidden_bar", "table_bar", "stored_hidden_bar", "stored_table_bar"):
+        assert np.abs(np.asarray(made[name], np.float64)).max() < 1e-5, name
 
 
 @pytest.mark.parametrize("case", [NOTHING_DIVIDES, CONFIDENT])
@@ -345,21 +356,17 @@ def interpreted(wanted, interpret):
     return {**made, "kl_of_rows": of_rows, "kl_table_bar": table_bar}
 
 
-def test_equals_with_copies_and_semaphores_interpreted():
-    # Its copies back to memory that results share with operands want whole blocks of the table.
+def test_equals_with_copies_and_semaphores_interpreted_and_has_no_races():
+    # This interpreter raises, and names the line, where two accesses are in no order. Its copies
+    # to memory that a result shares with an operand want whole blocks of the table.
     wanted = problem(PADDED._replace(vocab_size=4 * ALONG_TABLE.vocab))
-    plain, close = interpreted(wanted, True), interpreted(wanted, pltpu.InterpretParams())
-    # XLA runs both, and fuses multiplications and additions as it likes: a unit in the last place.
-    same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-    for name, expected in plain.items():
-        jax.tree.map(same, close[name], expected)
+    watched = pltpu.InterpretParams(detect_races=True)
 
+    def check_equal(found, expected):
+        # one unit in the last place: the two are compiled into different loops
+        assert distance(found, np.asarray(expected, np.float64)) < 1e-6
 
-def test_no_races():
-    # The interpreter raises, and names the line, where two accesses are in no order.
-    interpreted(
-        problem(Case(300, 16, 4 * ALONG_TABLE.vocab)), pltpu.InterpretParams(detect_races=True)
-    )
+    jax.tree.map(check_equal, interpreted(wanted, watched), interpreted(wanted, True))
 
 
 @pytest.mark.parametrize("vocab_size", [3 * 32, 3 * 32 - 5])

@@ -113,24 +113,45 @@ def _query_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917 - the order o
         log_column[...] = tiles.column(log_normaliser[...])
         delta_column[...] = tiles.column(delta[...])
 
-    def tile(word: Array, masked: bool, is_first: bool) -> None:
-        scores = tiles.dot(q[...], k[...], contract=(1, 1))
+    def tile(word: Array, part: tiles.Part, masked: bool, turn: tiles.Turn) -> None:
+        rows, keys = part.rows(group), part.keys
+        num_keys = keys.stop
+        scores = tiles.dot(q[rows], k[keys], contract=(1, 1))
         if masked:
-            key = tiles.numbered(pairs.minor_block(word) * block_k, (1, block_k), 1)
-            first_query = query_start[pairs.major_block(word)]
+            key = tiles.numbered(pairs.minor_block(word) * block_k, (1, num_keys), 1)
+            first_query = query_start[pairs.major_block(word)] + part.queries.start
             query = tiles.numbered(first_query, scores.shape, 0, repeats=group)
-            sees = tiles.sees(query, key, subtree_size[...])
+            sees = tiles.sees(query, key, subtree_size[:, keys])
             scores = jnp.where(sees, scores, tiles.MASKED_SCORE)
-        weights = jnp.exp2(scores * scale - tiles.lanes(log_column[...], block_k))
-        weights_bar = tiles.dot(out_bar[...], v[...], contract=(1, 1))
-        scores_bar = weights * (weights_bar - tiles.lanes(delta_column[...], block_k))
-        products = tiles.dot(scores_bar.astype(k.dtype), k[...], contract=(1, 0))
-        total[...] = products if is_first else total[...] + products
+        if turn is tiles.Turn.FINISHES:
+            log, of_out = tiles.column(log_normaliser[:, rows]), tiles.column(delta[:, rows])
+        else:
+            log, of_out = log_column[rows], delta_column[rows]
+        weights = jnp.exp2((scores - tiles.lanes(log, num_keys)) * scale)
+        weights_bar = tiles.dot(out_bar[rows], v[keys], contract=(1, 1))
+        scores_bar = weights * (weights_bar - tiles.lanes(of_out, num_keys))
+        products = tiles.dot(scores_bar.astype(k.dtype), k[keys], contract=(1, 0))
+        if turn is tiles.Turn.FINISHES:
+            finish(rows, products)
+        else:
+            total[rows] = products if turn is tiles.Turn.SETS else total[rows] + products
+
+    def finish(rows: slice, products: Array) -> None:
+        q_bar[rows] = (products * (1.0 / math.sqrt(head_dim))).astype(q_bar.dtype)
 
     def last() -> None:
-        q_bar[...] = (total[...] * (1.0 / math.sqrt(head_dim))).astype(q_bar.dtype)
+        finish(slice(0, q.shape[0]), total[...])
 
-    tiles.each_pair(words, first=first, tile=tile, last=last)
+    tiles.each_pair(
+        words,
+        query_start,
+        block_q=q.shape[0] // group,
+        block_k=block_k,
+        key_major=False,
+        first=first,
+        tile=tile,
+        last=last,
+    )
 
 
 def _key_value_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917 - the order of the call
@@ -157,24 +178,44 @@ def _key_value_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917 - the ord
     def first() -> None:
         size_column[...] = tiles.column(subtree_size[...])
 
-    def tile(word: Array, masked: bool, is_first: bool) -> None:
-        scores = tiles.dot(k[...], q[...], contract=(1, 1))
+    def tile(word: Array, part: tiles.Part, masked: bool, turn: tiles.Turn) -> None:
+        columns, keys = part.rows(group), part.keys
+        scores = tiles.dot(k[keys], q[columns], contract=(1, 1))
         if masked:
-            key = tiles.numbered(pairs.major_block(word) * block_k, scores.shape, 0)
-            first_query = query_start[pairs.minor_block(word)]
+            first_key = pairs.major_block(word) * block_k + keys.start
+            key = tiles.numbered(first_key, scores.shape, 0)
+            first_query = query_start[pairs.minor_block(word)] + part.queries.start
             query = tiles.numbered(first_query, (1, scores.shape[1]), 1, repeats=group)
-            sees = tiles.sees(query, key, tiles.lanes(size_column[...], scores.shape[1]))
+            alone = turn is tiles.Turn.FINISHES
+            size = tiles.column(subtree_size[:, keys]) if alone else size_column[keys]
+            sees = tiles.sees(query, key, tiles.lanes(size, scores.shape[1]))
             scores = jnp.where(sees, scores, tiles.MASKED_SCORE)
-        weights = jnp.exp2(scores * scale - log_normaliser[...])
-        of_v = tiles.dot(weights.astype(v.dtype), out_bar[...], contract=(1, 0))
-        v_total[...] = of_v if is_first else v_total[...] + of_v
-        weights_bar = tiles.dot(v[...], out_bar[...], contract=(1, 1))
-        scores_bar = weights * (weights_bar - delta[...])
-        of_k = tiles.dot(scores_bar.astype(q.dtype), q[...], contract=(1, 0))
-        k_total[...] = of_k if is_first else k_total[...] + of_k
+        weights = jnp.exp2((scores - log_normaliser[:, columns]) * scale)
+        of_v = tiles.dot(weights.astype(v.dtype), out_bar[columns], contract=(1, 0))
+        weights_bar = tiles.dot(v[keys], out_bar[columns], contract=(1, 1))
+        scores_bar = weights * (weights_bar - delta[:, columns])
+        of_k = tiles.dot(scores_bar.astype(q.dtype), q[columns], contract=(1, 0))
+        if turn is tiles.Turn.FINISHES:
+            finish(keys, of_k, of_v)
+            return
+        if turn is tiles.Turn.ADDS:
+            of_k, of_v = k_total[keys] + of_k, v_total[keys] + of_v
+        k_total[keys], v_total[keys] = of_k, of_v
+
+    def finish(keys: slice, of_k: Array, of_v: Array) -> None:
+        k_bar[keys] = (of_k * (1.0 / math.sqrt(head_dim))).astype(k_bar.dtype)
+        v_bar[keys] = of_v.astype(v_bar.dtype)
 
     def last() -> None:
-        k_bar[...] = (k_total[...] * (1.0 / math.sqrt(head_dim))).astype(k_bar.dtype)
-        v_bar[...] = v_total[...].astype(v_bar.dtype)
+        finish(slice(0, block_k), k_total[...], v_total[...])
 
-    tiles.each_pair(words, first=first, tile=tile, last=last)
+    tiles.each_pair(
+        words,
+        query_start,
+        block_q=q.shape[0] // group,
+        block_k=block_k,
+        key_major=True,
+        first=first,
+        tile=tile,
+        last=last,
+    )

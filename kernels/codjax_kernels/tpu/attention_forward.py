@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,7 +25,10 @@ def forward(
     vmem_bytes: int,
     interpret: Any,
 ) -> tuple[Float[Array, "M queries H"], Float[Array, "M 1 queries"]]:
-    """Outputs and base-2 log-normalisers of queries; 1e30 of a query that sees nothing.
+    """Outputs and log-normalisers of queries; 1e30 of a query that sees nothing.
+
+    Log-normalisers are in units of q . k, before the division by sqrt(H): then the difference to a
+    score that weighs something is exact, and weights get no error beside that of q . k itself.
 
     Blocks that no pair is in are not written.
     """
@@ -72,34 +76,53 @@ def _kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917 - the order of the 
     block_k, head_dim = k.shape
     scale = tiles.LOG2_E / math.sqrt(head_dim)
 
-    def tile(word: Array, masked: bool, is_first: bool) -> None:
-        scores = tiles.dot(q[...], k[...], contract=(1, 1))
+    def tile(word: Array, part: tiles.Part, masked: bool, turn: tiles.Turn) -> None:
+        rows, keys = part.rows(group), part.keys
+        num_keys = keys.stop
+        scores = tiles.dot(q[rows], k[keys], contract=(1, 1))
         if masked:
-            key = tiles.numbered(pairs.minor_block(word) * block_k, (1, block_k), 1)
-            first_query = query_start[pairs.major_block(word)]
+            key = tiles.numbered(pairs.minor_block(word) * block_k, (1, num_keys), 1)
+            first_query = query_start[pairs.major_block(word)] + part.queries.start
             query = tiles.numbered(first_query, scores.shape, 0, repeats=group)
-            sees = tiles.sees(query, key, subtree_size[...])
+            sees = tiles.sees(query, key, subtree_size[:, keys])
             scores = jnp.where(sees, scores, tiles.MASKED_SCORE)
-        after = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), highest.shape)
-        if not is_first:
-            before = highest[...]
+        after = jnp.max(scores, axis=1, keepdims=True)
+        after = jnp.broadcast_to(after, (scores.shape[0], LANES))
+        if turn is tiles.Turn.ADDS:
+            before = highest[rows]
             after = jnp.maximum(before, after)
             shrunk = jnp.exp2((before - after) * scale)
         # The difference first: it is exactly 0 for masked scores under a masked highest.
-        weights = jnp.exp2((scores - tiles.lanes(after, block_k)) * scale)
-        sums = sum(weights[:, i : i + LANES] for i in range(0, block_k, LANES))
-        products = tiles.dot(weights.astype(v.dtype), v[...], contract=(1, 0))
-        highest[...] = after
-        total[...] = sums if is_first else total[...] * shrunk + sums
-        weighted[...] = (
-            products if is_first else weighted[...] * tiles.lanes(shrunk, head_dim) + products
+        weights = jnp.exp2((scores - tiles.lanes(after, num_keys)) * scale)
+        sums = functools.reduce(
+            jnp.add, [weights[:, i : i + LANES] for i in range(0, num_keys, LANES)]
         )
+        products = tiles.dot(weights.astype(v.dtype), v[keys], contract=(1, 0))
+        if turn is tiles.Turn.FINISHES:
+            finish(rows, after, sums, products)
+            return
+        if turn is tiles.Turn.ADDS:
+            sums = total[rows] * shrunk + sums
+            products = weighted[rows] * tiles.lanes(shrunk, head_dim) + products
+        highest[rows], total[rows], weighted[rows] = after, sums, products
+
+    def finish(rows: slice, most: Array, sums: Array, products: Array) -> None:
+        sums = jnp.sum(sums, axis=1, keepdims=True)
+        out[rows] = (products / sums).astype(out.dtype)
+        most, sums = tiles.row(most), tiles.row(jnp.broadcast_to(sums, most.shape))
+        log = most + jnp.log2(sums) * (1.0 / scale)
+        log_normaliser[:, rows] = jnp.where(most <= tiles.MASKED_SCORE, tiles.NOTHING_SEEN, log)
 
     def last() -> None:
-        sums = jnp.sum(total[...], axis=1, keepdims=True)
-        out[...] = (weighted[...] / sums).astype(out.dtype)
-        most, sums = tiles.row(highest[...]), tiles.row(jnp.broadcast_to(sums, total.shape))
-        log = most * scale + jnp.log2(sums)
-        log_normaliser[...] = jnp.where(most <= tiles.MASKED_SCORE, tiles.NOTHING_SEEN, log)
+        finish(slice(0, q.shape[0]), highest[...], total[...], weighted[...])
 
-    tiles.each_pair(words, first=lambda: None, tile=tile, last=last)
+    tiles.each_pair(
+        words,
+        query_start,
+        block_q=q.shape[0] // group,
+        block_k=block_k,
+        key_major=False,
+        first=lambda: None,
+        tile=tile,
+        last=last,
+    )

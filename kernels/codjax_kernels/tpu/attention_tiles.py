@@ -9,6 +9,7 @@ key-value head follow each other like queries: `queries` in shapes counts querie
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import math
@@ -27,6 +28,7 @@ from codjax_kernels.tpu.attention_blocks import LANES, MAX_TILE_ROWS, Blocks, fi
 
 MASKED_SCORE = -1e30  # finite, so that no mask can make a nan
 NOTHING_SEEN = 1e30  # log-normaliser of a query that sees nothing: all its weights are 0
+STRIP = 128  # tokens of a strip of a tile on the diagonal
 LOG2_E = math.log2(math.e)  # the hardware has powers of 2: exp(s) = 2 ** (s LOG2_E)
 
 
@@ -156,24 +158,84 @@ def call(  # type: ignore[no-untyped-def]
 # What follows is used inside of kernels.
 
 
+class Part(NamedTuple):
+    """Some queries of a tile with some of its keys, as tokens of their blocks."""
+
+    queries: slice
+    keys: slice
+
+    def rows(self, group: int) -> slice:
+        """The queries in blocks that hold `group` heads of each token."""
+        return slice(self.queries.start * group, self.queries.stop * group)
+
+
+def below_diagonal(block: int, *, key_major: bool) -> list[Part]:
+    """Strips of a tile of as many queries as keys without those that come after a whole strip.
+
+    What a strip leaves out is on the streaming side.
+
+    >>> [part.keys.stop for part in below_diagonal(512, key_major=False)]
+    [128, 256, 384, 512]
+    """
+    starts = range(0, block, STRIP)
+    if key_major:
+        return [Part(slice(i, block), slice(i, i + STRIP)) for i in starts]
+    return [Part(slice(i, i + STRIP), slice(0, i + STRIP)) for i in starts]
+
+
+class Turn(enum.Enum):
+    """What a tile does with its sums."""
+
+    SETS = enum.auto()  # the first of a run; filling sums with zeros would take longer
+    ADDS = enum.auto()
+    FINISHES = enum.auto()  # the only one of a run: its sums are the result, and stay unwritten
+
+
 def each_pair(
     words: Any,
+    query_start: Any,
     *,
+    block_q: int,
+    block_k: int,
+    key_major: bool,
     first: Callable[[], None],
-    tile: Callable[[Array, bool, bool], None],
+    tile: Callable[[Array, Part, bool, Turn], None],
     last: Callable[[], None],
 ) -> None:
-    """One step: the beginning of a run of pairs, a tile (of a word; masked; first), and the end.
+    """One step: the beginning of a run of pairs, a tile (word, part, masked, turn), and the end.
 
-    A first tile sets the sums that others add to: filling them with zeros would take longer.
+    A tile on the diagonal is done in parts, without what lies above it. Where it is a run of its
+    own, as in every packed row of short segments, it begins and ends that run itself.
     """
     word = words[pl.program_id(1)]
-    is_first, is_masked = (word & pairs.FIRST) != 0, (word & pairs.MASKED) != 0
+    is_first, is_last, is_masked = (
+        (word & x) != 0 for x in (pairs.FIRST, pairs.LAST, pairs.MASKED)
+    )
+    whole = [Part(slice(0, block_q), slice(0, block_k))]
+    kinds = [(~is_masked, False, whole), (is_masked, True, whole)]
+    is_alone = False
+
+    def run(parts: list[Part], masked: bool, turn: Turn) -> None:
+        for part in parts:
+            tile(word, part, masked, turn)
+
+    if block_q == block_k:
+        key_block, query_block = pairs.minor_block(word), pairs.major_block(word)
+        if key_major:
+            key_block, query_block = query_block, key_block
+        is_diagonal = query_start[query_block] == key_block * block_k
+        is_alone = is_diagonal & is_first & is_last
+        parts = below_diagonal(block_q, key_major=key_major)
+        kinds[1:] = [(is_masked & ~is_diagonal, True, whole), (is_diagonal, True, parts)]
+        pl.when(is_alone)(functools.partial(run, parts, True, Turn.FINISHES))
+        is_first, is_last = is_first & ~is_alone, is_last & ~is_alone
     pl.when(is_first)(first)
-    for masked, starts in itertools.product((False, True), repeat=2):
-        chosen = (is_masked if masked else ~is_masked) & (is_first if starts else ~is_first)
-        pl.when(chosen)(functools.partial(tile, word, masked, starts))
-    pl.when((word & pairs.LAST) != 0)(last)
+    adds = ~(is_first | is_alone)
+    for (chosen, masked, parts), (begins, turn) in itertools.product(
+        kinds, ((is_first, Turn.SETS), (adds, Turn.ADDS))
+    ):
+        pl.when(chosen & begins)(functools.partial(run, parts, masked, turn))
+    pl.when(is_last)(last)
 
 
 def dot(left: Array, right: Array, *, contract: tuple[int, int]) -> Float[Array, "rows columns"]:

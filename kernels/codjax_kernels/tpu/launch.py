@@ -41,9 +41,15 @@ class Problem(NamedTuple):
 
 
 def tuned_blocks(*tables: Float[Array, "V D"], interpret: Interpret) -> tuned.Tuned:
-    """The blocks of every kernel for the chip at hand and the widest of the tables."""
+    """The blocks of every kernel for the chip at hand and the widest of the tables.
+
+    They are tuned on bfloat16, so that a float32 table counts as twice as wide.
+    """
     chip = tuned.chip(is_interpreted=bool(interpret))
-    return tuned.tuned_for(max(table.shape[1] for table in tables), chip.tuned)
+    widths = [
+        table.shape[1] * table.dtype.itemsize // jnp.bfloat16.dtype.itemsize for table in tables
+    ]
+    return tuned.tuned_for(max(widths), chip.tuned)
 
 
 def problem(
@@ -83,7 +89,7 @@ def problem(
 def bars(
     given: Problem, gradient: LogitGradient, of_teacher: Float[Array, " K"] | None = None
 ) -> Float[Array, "n lanes"]:
-    """Lines of `tiles.Bars` for every row; `bars_of` takes them apart again."""
+    """Lines of `tiles.Bars` for every row; for 3 to 5 coefficients."""
     coefficients = [gradient.of_target, gradient.of_all]
     if gradient.of_logit is not None:
         coefficients.append(gradient.of_logit)
@@ -172,8 +178,7 @@ def operands_of(
     bars = None
     if has_bars:
         lines, *rest = rest
-        views = (lines.at[line : line + 1, :] for line in range(lines.shape[0]))
-        bars = tiles.Bars(*views)
+        bars = tiles.Bars(lines)
     hiddens, tables = rest[:num_streams], rest[num_streams : 2 * num_streams]
     scale = scale if shape.has_temperature else None
     made = Operands(num_valid, targets, scale, bars, hiddens, tables)

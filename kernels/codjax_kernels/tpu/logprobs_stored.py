@@ -4,9 +4,10 @@
 products remain, and both take the same ``dz``. One kernel does both: a block of the table stays
 while the rows pass by, float32 sums of the hidden gradient of *all* these rows stay in vector
 memory until the last block of the table, and the table's gradient is added to a float32 total that
-lies where it lay. Main memory sees 4 bytes for each logit written and read, and 8 for each
-element of the total: for 1,024 rows of width 1,024 on v5e, two thirds of the time that the matrix
-units take.
+lies where it lay. Of more rows than the vector memory has room for, groups are done in turn. Main
+memory sees 4 bytes of each logit, once written and once read, and 8 of each element of the total:
+with 1,024 rows of width 1,024 that takes v5e four fifths of the time of the three products, and
+v6e almost twice that time, so that v6e wants more rows or a wider table.
 
 Where two cores share a chip (v5p), each takes half of the table, and the halves of the hidden
 gradient are added afterwards.

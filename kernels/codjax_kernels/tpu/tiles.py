@@ -283,22 +283,21 @@ def accumulate_shares(state: Running, tile: Tile, shares: Ref, scale: Ref) -> No
 
 
 class Bars(NamedTuple):
-    """Gradient by the products of each lane, as coefficients `[1 lanes]`.
+    """Gradient by the products, as coefficients of each row.
 
     It is ``p_v (of_all + of_logit z_v + of_teacher z'_v) + [v = y] of_target`` with the logits z'
-    of a teacher. Coefficients are multiplied by the inverse temperature. The log-normaliser of a
-    padding row is PADDING, which leaves no probability.
+    of a teacher.
     """
 
-    log_normaliser: Ref
-    of_target: Ref
-    of_all: Ref
-    of_logit: Ref | None = None
-    of_teacher: Ref | None = None
+    # `[3 … 5 rows]`: log-normaliser, of_target, of_all and, where not 0, of_logit and of_teacher.
+    # All but the first are multiplied by the inverse temperature. The log-normaliser of a padding
+    # row is PADDING, which leaves no probability.
+    lines: Ref
+    begin: int = 0  # row of the block that lane 0 of a tile belongs to
 
     def of(self, span: slice) -> Bars:
         """Those of some of the rows."""
-        return Bars(*(None if ref is None else ref.at[:, span] for ref in self))
+        return Bars(self.lines, self.begin + span.start)
 
     def put(self, tile: Tile, teacher: Tile | None, out: Ref, *, may_be_nan: bool) -> None:
         """Gradients of a tile, `[size lanes]`, in the dtype of the operands.
@@ -308,16 +307,22 @@ class Bars(NamedTuple):
         for strip in strips(out.shape[1]):
             read, target = tile.reader(strip), tile.target_chunk(strip)
             read_teacher = None if teacher is None else teacher.reader(strip)
-            lines: list[Any] = [None if ref is None else over_chunk(ref[:, strip]) for ref in self]
-            log_normaliser, of_target, of_all, of_logit, of_teacher = lines
+            log_normaliser, of_target, of_all, *of_logits = self._coefficients(strip)
             for chunk in range(tile.num_chunks):
                 logits, factor = read(chunk), of_all
-                if of_logit is not None:
-                    factor = factor + of_logit * logits
+                if of_logits:
+                    factor = factor + of_logits[0] * logits
                 if read_teacher is not None:
-                    factor = factor + of_teacher * read_teacher(chunk)
+                    factor = factor + of_logits[1] * read_teacher(chunk)
                 bar = jnp.exp(logits - log_normaliser) * factor
                 bar = jnp.where(target == chunk * CHUNK, bar + of_target, bar)
                 if may_be_nan:
                     bar = jnp.where(log_normaliser < PADDING, bar, 0.0)
                 out[chunk * CHUNK : (chunk + 1) * CHUNK, strip] = bar.astype(out.dtype)
+
+    def _coefficients(self, strip: slice) -> list[Values]:
+        lanes = slice(self.begin + strip.start, self.begin + strip.stop)
+        # One load for each: views of single lines cannot be cut further by the compiler.
+        return [
+            over_chunk(self.lines[line : line + 1, lanes]) for line in range(self.lines.shape[0])
+        ]
