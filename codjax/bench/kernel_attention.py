@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -26,6 +27,8 @@ from codjax.bench.material import Row
 
 HEAD_DIM = 128
 _SIMULATION_S = 3000.0
+
+logger = logging.getLogger("codjax")
 
 
 def packed_against_plain(
@@ -44,7 +47,8 @@ def packed_against_plain(
         A row a kernel: pairs of blocks that it visits in the packed row, those that the mask has
         something in, and those of the plain row; cycles of both; `x_bound`, the packed row's over
         what the matrix units need for the visited pairs; how many times more pairs and cycles the
-        plain row has; and the share of the first that the second reaches.
+        plain row has; and the share of the first that the second reaches. A kernel that the
+        simulator has no model for has a note instead.
     """
     index = np.arange(num_tokens)
     packed = (index // segment * segment + segment).astype(np.int32)[None]
@@ -59,29 +63,37 @@ def packed_against_plain(
             for name, end in (("packed", packed), ("plain", plain))
         }
         visited = {name: int(layout.pairs.num_pairs) for name, layout in layouts.items()}
-        counted = {
-            name: kernel_cycles(kernel, end, shapes, topology, num_heads=num_heads, group=group)
-            for name, end in (("packed", packed), ("plain", plain))
+        row: Row = {
+            "kernel": kernel,
+            "pairs": visited["packed"],
+            "minimal": pairs.minimal_pairs(
+                packed, layouts["packed"].block_q, layouts["packed"].block_k
+            ),
+            "plain_pairs": visited["plain"],
         }
+        made.append(row)
+        try:
+            counted = {
+                name: kernel_cycles(kernel, end, shapes, topology, num_heads=num_heads, group=group)
+                for name, end in (("packed", packed), ("plain", plain))
+            }
+        except cycles.SimulatorError as error:
+            logger.warning("attention, %s: %s", kernel, error)
+            row["note"] = "not simulated: the log says why"
+            continue
         block_q, block_k = layouts["packed"].block_q, layouts["packed"].block_k
         flops = 2 * attention_alone.PRODUCTS[kernel] * block_q * block_k * HEAD_DIM * num_heads
         x_pairs = visited["plain"] / visited["packed"]
         x_cycles = counted["plain"] / counted["packed"]
-        made.append(
-            {
-                "kernel": kernel,
-                "pairs": visited["packed"],
-                "minimal": pairs.minimal_pairs(packed, block_q, block_k),
-                "plain_pairs": visited["plain"],
-                "cycles": counted["packed"],
-                "plain_cycles": counted["plain"],
-                "x_bound": counted["packed"] / chip.matrix_cycles(flops * visited["packed"]),
-                "plain_x_bound": counted["plain"] / chip.matrix_cycles(flops * visited["plain"]),
-                "x_pairs": x_pairs,
-                "x_cycles": x_cycles,
-                "share": x_cycles / x_pairs,
-            }
-        )
+        row |= {
+            "cycles": counted["packed"],
+            "plain_cycles": counted["plain"],
+            "x_bound": counted["packed"] / chip.matrix_cycles(flops * visited["packed"]),
+            "plain_x_bound": counted["plain"] / chip.matrix_cycles(flops * visited["plain"]),
+            "x_pairs": x_pairs,
+            "x_cycles": x_cycles,
+            "share": x_cycles / x_pairs,
+        }
     return made
 
 

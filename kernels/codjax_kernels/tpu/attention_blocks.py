@@ -7,15 +7,14 @@ width: a plain causal row, 10 pairs of blocks, and one of four packed segments, 
 ==============  ===========  ===========  ===========
 kernel          v5e          v5p          v6e
 ==============  ===========  ===========  ===========
-forward         1.30   1.65  1.32   1.74  3.63   4.70
-query gradient  1.22   1.43  1.24   1.46  3.02   3.97
-keys, values    1.10   1.17  1.12   1.19  2.51   2.81
+forward         1.19   1.17  1.21   1.20  3.35   3.44
+query gradient  1.08   0.88  1.10   0.91  2.52   2.10
+keys, values    0.96   0.75  0.97   0.76  2.27   2.08
 ==============  ===========  ===========  ===========
 
-In a packed row every tile is masked and, forward and for queries, every run of pairs has one tile:
-to begin and end a run takes about 1,500 cycles on v5e beside 4,700 and 6,800 of the tile. The
-matrix units of v6e and tpu7x are 256 wide and heads of 128 fill half of them, so that 2 is the
-least there; a mask takes a third of a forward tile on v6e and next to nothing on v5e.
+Below 1, because tiles on the diagonal leave out up to 3/8 of the products that are counted here;
+strips of 256 tokens instead of 128 take 5 to 20 % more on v5e. The matrix units of v6e and tpu7x are
+256 wide and heads of 128 fill half of them, so that 2 is the least there without strips.
 
 Forward blocks of 1,024 keys take 15 % less a token pair on v6e (1 % on v5e), and visit a third more
 of them for segments of 1,024 tokens. Blocks of 256 queries take 10 % more on v5e.
