@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from codjax_kernels.gpu import target
@@ -34,7 +35,7 @@ def forest_attention(
     q: Float[Array, "B Q N H"],
     k: Float[Array, "B T M H"],
     v: Float[Array, "B T M H"],
-    subtree_end: Int[Array, "B T"],
+    subtree_end: Int[Array | np.ndarray, "B T"],
     *,
     query_start: int | Int[Array, ""] = 0,
     interpret: Any = False,
@@ -71,7 +72,7 @@ def forest_attention(
             f"{q.dtype}, {k.dtype} and {v.dtype}: use implementation 'xla'."
         )
     start = jnp.asarray(query_start, jnp.int32)
-    return _attention(q, k, v, subtree_end.astype(jnp.int32), start, interpret)
+    return _attention(q, k, v, jnp.asarray(subtree_end, jnp.int32), start, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
