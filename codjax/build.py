@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import codjax_kernels
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
@@ -167,12 +168,12 @@ def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
         "the tokens of a row are split over mesh.context of the devices found",
         config.batching.row_length,
     )
-    _check_kernels(config, mesh.devices.flat[0].platform)
+    _check_kernels(config, model.config, mesh.devices.flat[0].platform)
     return mesh
 
 
-def _check_kernels(config: ConfigDict, platform: str) -> None:
-    """Raise if the kernels that the config names do not run on these devices."""
+def _check_kernels(config: ConfigDict, sizes: models.DecoderConfig, platform: str) -> None:
+    """Raise if the chosen kernels do not run on these devices, or cannot run the model."""
     name = config.kernels.implementation
     runs_on = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
     checks.require(
@@ -180,6 +181,17 @@ def _check_kernels(config: ConfigDict, platform: str) -> None:
         "kernels.implementation",
         f"run on the devices found, which are {platform}s",
         'leave it out for the choice of the platform, or take "xla", which runs everywhere',
+        name,
+    )
+    chosen = name or codjax_kernels.implementation_of(platform)
+    reason = codjax_kernels.why_not(
+        chosen, head_dim=sizes.head_dim, width=sizes.hidden_size, dtype=sizes.dtype
+    )
+    checks.require(
+        reason is None,
+        "kernels.implementation",
+        'be "xla" for this model',
+        f"{chosen!r} cannot run it: {reason}",
         name,
     )
 
@@ -241,7 +253,9 @@ def make_engine(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh
         init_cache=lambda rows, length: models.init_cache(model.config, rows, length),
         extend=lambda weights, *args: models.extend(merged(weights), *args),
         unembedding=lambda weights: merged(weights).unembedding,
-        score=lambda weights, tokens: models.score_rows(graphdef, weights, tokens),
+        score=lambda weights, tokens: models.score_rows(
+            graphdef, weights, tokens, implementation=config.kernels.implementation
+        ),
     )
     return engine.Engine(
         cached,

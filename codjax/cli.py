@@ -248,6 +248,7 @@ def _bench(_: None, options: dict[str, Any], positional: list[str]) -> None:
         checks.choice("NAME", name, bench.BENCHES)
     of_kernels = {flag.name: options[flag.name] for flag in _KERNEL_FLAGS}
     if name == "kernels":
+        of_kernels["topology"] = of_kernels["topology"] or "v5e"
         bench.main(name, options["output"], **of_kernels)
         return
     for flag in _KERNEL_FLAGS:
@@ -308,9 +309,9 @@ def _write(text: str, *, to: Any = None) -> None:
 _KERNEL_FLAGS = (
     Flag(
         name="topology",
-        default="v5e",
+        default=None,
         placeholder="NAME",
-        help="bench kernels: the TPU whose cycles and memory are told, as v5p or v6e",
+        help="bench kernels: the TPU whose cycles and memory are told; v5e unless given",
     ),
     Flag(
         name="tune",

@@ -210,6 +210,11 @@ def main(arguments):
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for all numbers")
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of every program")
     options = parser.parse_args(arguments)
+    try:
+        target.require_jax()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not options.compile_only and not has_hopper():
         print(
             f"no Hopper GPU here ({jax.devices()[0].device_kind}): results and speed need one. "

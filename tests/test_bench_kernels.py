@@ -148,3 +148,9 @@ def test_the_kernels_keep_to_their_bounds_in_simulated_cycles():
 def test_a_topology_that_there_is_not_is_answered_in_one_line():
     with pytest.raises(ConfigError, match="--topology=v9: there is no TPU topology 'v9'"):
         kernels.bench(topology="v9")
+
+
+def test_a_chip_that_the_kernels_have_no_blocks_for_is_answered_in_one_line():
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    with pytest.raises(ConfigError, match="no blocks for v4; they run on v5e, v5p, v6e, tpu7x"):
+        kernels.bench(topology="v4")

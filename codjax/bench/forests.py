@@ -125,7 +125,12 @@ def count(sequences: Sequence[types.Sequence], *, row_length: int) -> dict[str, 
     """The work of an update on these samples, by the way they are stored."""
     forest, report = batching.batch_sequences(sequences, row_length=row_length)
     _, packed = batching.batch_sequences(sequences, row_length=row_length, share_prefixes=False)
-    visited = pairs.attention_pairs_report(forest.subtree_end, _BLOCK)
+    visited = pairs.block_pairs(
+        forest.subtree_end,
+        num_queries=forest.subtree_end.shape[1],
+        block_q=_BLOCK,
+        block_k=_BLOCK,
+    )
     sources = sum(
         len(np.unique(source[weights != 0]))
         for source, weights in zip(forest.source, forest.weights, strict=True)
@@ -136,7 +141,7 @@ def count(sequences: Sequence[types.Sequence], *, row_length: int) -> dict[str, 
     row_blocks = math.ceil(row_length / _BLOCK)
     whole = packed.num_rows * row_blocks * (row_blocks + 1) // 2 * _BLOCK**2
     return {
-        "forest": Work(report.stored_tokens, visited.visited_pairs, sources),
+        "forest": Work(report.stored_tokens, int(visited.num_pairs) * _BLOCK**2, sources),
         "alone": Work(sum(lengths), alone, report.scored_tokens),
         "packed": Work(sum(lengths), whole, sum(lengths)),
     }

@@ -27,6 +27,15 @@ from codjax.bench.material import Row
 
 HEAD_DIM = 128
 _SIMULATION_S = 3000.0
+_COUNTED = (
+    "cycles",
+    "plain_cycles",
+    "x_bound",
+    "plain_x_bound",
+    "x_pairs",
+    "x_cycles",
+    "share",
+)
 
 logger = logging.getLogger("codjax")
 
@@ -79,7 +88,7 @@ def packed_against_plain(
             }
         except cycles.SimulatorError as error:
             logger.warning("attention, %s: %s", kernel, error)
-            row["note"] = "not simulated: the log says why"
+            row |= dict.fromkeys(_COUNTED) | {"note": "not simulated: the log says why"}
             continue
         block_q, block_k = layouts["packed"].block_q, layouts["packed"].block_k
         flops = 2 * attention_alone.PRODUCTS[kernel] * block_q * block_k * HEAD_DIM * num_heads
@@ -93,6 +102,7 @@ def packed_against_plain(
             "x_pairs": x_pairs,
             "x_cycles": x_cycles,
             "share": x_cycles / x_pairs,
+            "note": "",
         }
     return made
 

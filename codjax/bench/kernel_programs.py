@@ -116,6 +116,7 @@ def recomputed_with_mean(given: Training, *, implementation: str) -> tuple[Array
     assert passes.statistics_and_mean is not None
     statistics, others = passes.statistics_and_mean(rows, given.table)
     gradient = _loss_gradient(statistics, given)
+    assert passes.table_gradient is not None
     table_bar = passes.table_gradient(rows, given.table, gradient)
     of_target = gradient.of_all * jnp.expm1(_results(statistics)[0])
     hidden_bar = gradient.of_all[:, None] * others + of_target[:, None] * given.target_rows

@@ -105,12 +105,17 @@ def bench(
         topologies.devices(topology)
     except (ModuleNotFoundError, ValueError) as error:
         raise ConfigError(f"--topology={topology}: {error}") from error
+    chip = topologies.chip_of(topology).name
+    if chip not in _STEPS:
+        raise ConfigError(
+            f"--topology={topology}: the kernels have no blocks for {chip}; they run on "
+            f"{', '.join(_STEPS)}."
+        )
     # Here, because they need what Pallas has for TPUs.
     from codjax.bench import kernel_attention, kernel_tuning
 
     if tune:
         return kernel_tuning.tune(topology)
-    chip = topologies.chip_of(topology).name
     return {
         f"cycles on {chip}, {_sizes_text(cycle_sizes)}": head_cycles(topology, cycle_sizes),
         f"cycles on {chip}, {_sizes_text(large_sizes)}": head_cycles(

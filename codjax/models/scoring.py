@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import codjax_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,10 @@ from codjax.models.qwen3 import Qwen3
 
 
 def score(
-    model: Qwen3, token_ids: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]]
+    model: Qwen3,
+    token_ids: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "B T-1"]:
     """Natural log-probability of each next token, at temperature 1, float32.
 
@@ -26,6 +30,7 @@ def score(
     Args:
         model: the decoder.
         token_ids: ids in `[0, V)`; NumPy, JAX or nested lists.
+        implementation: of the kernels; None: by platform. "xla" runs every model everywhere.
 
     Returns:
         ``out[b, t] = log p(token_ids[b, t + 1] | token_ids[b, : t + 1])``.
@@ -46,16 +51,26 @@ def score(
             f"{tokens.min()} to {tokens.max()}."
         )
     graphdef, params = nnx.split(model)
-    return score_rows(graphdef, params, tokens.astype(np.int32))
+    return score_rows(graphdef, params, tokens.astype(np.int32), implementation=implementation)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def score_rows(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0, static_argnames="implementation")
+def score_rows(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
     """`score` of a split model, without the checks; may be called inside jit."""
     model = nnx.merge(graphdef, params)
     num_rows, num_tokens = tokens.shape
     shape = (num_rows, num_tokens)
     index = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[None, :], shape)
-    hidden = model(tokens, index, jnp.full(shape, num_tokens, jnp.int32))
-    scores, _ = logprobs.scored_logprobs(hidden, model.unembedding, index[:, :-1], tokens[:, 1:])
+    attend = functools.partial(codjax_kernels.forest_attention, implementation=implementation)
+    hidden = model(tokens, index, jnp.full(shape, num_tokens, jnp.int32), attend=attend)
+    projection = logprobs.Projection(implementation=implementation)
+    scores, _ = logprobs.scored_logprobs(
+        hidden, model.unembedding, index[:, :-1], tokens[:, 1:], projection=projection
+    )
     return scores

@@ -11,7 +11,12 @@ mathematics that implementations share, `reference.py` the oracles of tests and 
 package imports jax, jaxtyping and numpy only, and may be used without codjax.
 """
 
-from codjax_kernels.dispatch import IMPLEMENTATIONS, has_gradient_in_forward, implementation_of
+from codjax_kernels.dispatch import (
+    IMPLEMENTATIONS,
+    has_gradient_in_forward,
+    implementation_of,
+    why_not,
+)
 from codjax_kernels.ops import (
     forest_attention,
     scored_logprobs,
@@ -33,4 +38,5 @@ __all__ = [
     "token_kl",
     "token_logprobs",
     "token_loss",
+    "why_not",
 ]

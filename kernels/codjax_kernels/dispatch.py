@@ -69,6 +69,41 @@ def implementation_of(platform: str) -> str:
     return BY_PLATFORM.get(platform, "xla")
 
 
+def why_not(name: str, *, head_dim: int, width: int, dtype: str) -> str | None:
+    """Why an implementation cannot run a model, or None if it can.
+
+    Args:
+        name: of the implementation.
+        head_dim: H.
+        width: D.
+        dtype: of the model's matrix products.
+    """
+    if name == "pallas_tpu":
+        from codjax_kernels.tpu import attention
+
+        least, most = attention.MIN_HEAD_DIM, attention.MAX_HEAD_DIM
+        if not least <= head_dim <= most or head_dim % attention.HEAD_DIM_MULTIPLE:
+            return (
+                f"its attention takes heads of {least} to {most} in steps of "
+                f"{attention.HEAD_DIM_MULTIPLE}, and the model's have {head_dim}"
+            )
+    if name == "pallas_gpu":
+        from codjax_kernels.gpu import target
+
+        try:
+            target.require_jax()
+        except ValueError as error:
+            return str(error)
+        from codjax_kernels.gpu.attention import HEAD_SIZES
+
+        if head_dim not in HEAD_SIZES or width % 64 or dtype != "bfloat16":
+            return (
+                f"it takes bfloat16, heads of {' or '.join(map(str, HEAD_SIZES))} and widths in "
+                f"steps of 64, and the model has {dtype}, heads of {head_dim} and width {width}"
+            )
+    return None
+
+
 def has_gradient_in_forward(implementation: str | None) -> bool:
     """Whether `scored_loss` and `token_loss` can be had of an implementation."""
     return choose(implementation).logprob_passes(1, False).stored_statistics is not None

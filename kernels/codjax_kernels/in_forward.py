@@ -4,7 +4,11 @@ A loss ``sum_k f_k(logprob_k, entropy_k)`` says what it wants of an entry as soo
 statistics are known. So a block of sources is projected, f differentiated, and its logits turned
 into gradients before the next block: 3 matrix products, 6 K D V operations, where recomputing takes
 4 or 5, at the price of the logits of one block. The gradient then only waits to be multiplied by
-the cotangent of the loss. A loss in which entries meet (a ratio of whole samples) is not of this
+the cotangent of the loss.
+
+On a mesh, statistics are put together slot by slot and block by block, so that all blocks together
+move what one reduction of O(K) would, and hidden gradients are summed as their block is done. A
+loss in which entries meet (a ratio of whole samples) is not of this
 form: `scored_logprobs` and automatic differentiation are for it.
 """
 
@@ -23,12 +27,19 @@ from codjax_kernels import extras
 from codjax_kernels.cutting import block_of, padded
 from codjax_kernels.logprobs import (
     Setting,
-    entry_statistics,
     logit_gradient,
     logprob_and_entropy,
     scored_logprobs,
 )
-from codjax_kernels.mesh import Scored, Specs, localise, on_mesh, reduce_table
+from codjax_kernels.mesh import (
+    Scored,
+    Specs,
+    localise,
+    on_mesh,
+    reduce_statistics,
+    reduce_table,
+)
+from codjax_kernels.records import Statistics
 from codjax_kernels.selection import Local, slot_rows, to_hidden
 
 Loss = Callable[[Array, Array, Any], Array]  # (logprobs [n], entropy [n], operands) → scalar
@@ -37,7 +48,7 @@ Loss = Callable[[Array, Array, Any], Array]  # (logprobs [n], entropy [n], opera
 class _State(NamedTuple):
     """Where the loop over blocks of slots stands."""
 
-    slot_bar: Float[Array, "K D"]
+    slot_bar: Float[Array, "slots D"]
     table_bar: Float[Array, "V D"]
     logprobs: Float[Array, " K"]  # by entry
     entropy: Float[Array, " K"]
@@ -114,19 +125,20 @@ def _blocks(setting: Setting, loss: Loss, local: Local, operands: Any) -> _State
     assert stored_statistics is not None
     assert stored_gradients is not None
     axes = setting.layout.vocab if setting.layout is not None else ()
-    num_entries = local.targets.shape[0]
-    num_slots: Array | int = num_entries
+    num_entries, most_slots = local.targets.shape[0], local.selection.slot_entry.shape[0]
+    num_slots: Array | int = most_slots
     if local.selection.num_slots is not None:
         num_slots = local.selection.num_slots
-    size = math.ceil(num_entries / math.ceil(num_entries / setting.passes.block_rows))
-    num_blocks = math.ceil(num_entries / size)
+    size = math.ceil(most_slots / math.ceil(most_slots / setting.passes.block_rows))
+    num_blocks = math.ceil(most_slots / size)
     rows = padded(slot_rows(local), num_blocks * size)
+    extra_logit = _extra_logits(local, axes)
 
     def step(turn: Array, state: _State) -> _State:
         begin = turn * size
         block = block_of(rows, begin, size)
         part, stored = stored_statistics(block, local.table)
-        whole, is_here = entry_statistics(local, part, axes, begin)
+        whole, is_here = _of_entries(local, reduce_statistics(axes, part), extra_logit, begin)
         results = logprob_and_entropy(whole)
         bars = jax.grad(loss, argnums=(0, 1))(*results, operands)
         logprob_bar, entropy_bar = (jnp.where(is_here, bar, 0.0) for bar in bars)
@@ -152,4 +164,33 @@ def _blocks(setting: Setting, loss: Loss, local: Local, operands: Any) -> _State
         entropy=jnp.zeros(num_entries, jnp.float32),
     )
     made = jax.lax.fori_loop(0, (num_slots + size - 1) // size, step, start)
-    return made._replace(slot_bar=made.slot_bar[:num_entries])
+    return made._replace(slot_bar=made.slot_bar[:most_slots])
+
+
+def _extra_logits(local: Local, axes: tuple[str, ...]) -> Float[Array, " K"]:
+    """Target logits of the extra entries, of the whole vocabulary; 0 for others."""
+    found = jnp.zeros(local.targets.shape[0], jnp.float32)
+    if local.selection.extra_entry is None:
+        return found
+    found = extras.add_logits(found, local)
+    return jax.lax.psum(found, axes) if axes else found
+
+
+def _of_entries(
+    local: Local, of_slot: Statistics, extra_logit: Float[Array, " K"], begin: Array
+) -> tuple[Statistics, Array]:
+    """Statistics of the entries of a block, 0 for others, and the mask of those entries.
+
+    Args:
+        local: the work of this device.
+        of_slot: of the slots ``begin …``, of the whole vocabulary.
+        extra_logit: of `_extra_logits`.
+        begin: first slot of the block.
+    """
+    selection, size = local.selection, of_slot.log_normaliser.shape[0]
+    slot = selection.entry_slot - begin
+    is_here = local.is_here & (slot >= 0) & (slot < size)
+    of_entry = jax.tree.map(lambda x: selection.to_entries(x, begin), of_slot)
+    target_logit = jnp.where(selection.is_main, of_entry.target_logit, extra_logit)
+    whole = of_entry._replace(target_logit=target_logit)
+    return jax.tree.map(lambda x: jnp.where(is_here, x, 0.0), whole), is_here

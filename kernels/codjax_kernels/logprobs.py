@@ -61,7 +61,7 @@ class Saved(NamedTuple):
     log_normaliser: Float[Array, "B K"]
     mean_logit: Float[Array, "B K"]
     logprobs: Float[Array, "B K"]
-    others: Float[Array, "parts B K D"] | None
+    others: Float[Array, "parts slots D"] | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,35 +140,23 @@ def _saved_specs(specs: Specs, others: object | None) -> Any:
     return Saved(log_normaliser=entry, mean_logit=entry, logprobs=entry, others=parts)
 
 
-def entry_statistics(
-    local: Local, part: Statistics, axes: tuple[str, ...], begin: Array | int = 0
-) -> tuple[Statistics, Array]:
-    """Statistics of the entries of a block of slots, put together over `axes`.
+def _entry_statistics(local: Local, part: Statistics, axes: tuple[str, ...]) -> Statistics:
+    """Statistics of the entries, from those of all slots by the table at hand.
 
-    Args:
-        local: the work of this device.
-        part: of the slots ``begin …``, by the table at hand.
-        axes: mesh axes that hold other parts.
-        begin: first slot of the block.
-
-    Returns:
-        Statistics by entry, 0 where no device has the entry in its block, and the mask of the
-        entries that are in the block here.
+    They are put together over the mesh axes `axes`; 0 where no device has the entry.
     """
-    selection, size = local.selection, part.log_normaliser.shape[0]
-    slot = selection.entry_slot - begin
-    is_here = local.is_here & (slot >= 0) & (slot < size)
-    of_entry = jax.tree.map(lambda x: selection.to_entries(x, begin), part)
+    selection = local.selection
+    of_entry = jax.tree.map(lambda x: selection.to_entries(x, 0), part)
     target_logit = jnp.where(selection.is_main, of_entry.target_logit, 0.0)
-    target_logit = extras.add_logits(target_logit, local, begin, size)
+    target_logit = extras.add_logits(target_logit, local)
     of_entry = Statistics(
-        target_logit=jnp.where(is_here, target_logit, 0.0),
-        log_normaliser=jnp.where(is_here, of_entry.log_normaliser, _NOWHERE),
-        mean_logit=jnp.where(is_here, of_entry.mean_logit, 0.0),
+        target_logit=jnp.where(local.is_here, target_logit, 0.0),
+        log_normaliser=jnp.where(local.is_here, of_entry.log_normaliser, _NOWHERE),
+        mean_logit=jnp.where(local.is_here, of_entry.mean_logit, 0.0),
     )
     whole = reduce_statistics(axes, of_entry)
     is_nowhere = whole.log_normaliser <= _NOWHERE / 2
-    return jax.tree.map(lambda x: jnp.where(is_nowhere, 0.0, x), whole), is_here
+    return jax.tree.map(lambda x: jnp.where(is_nowhere, 0.0, x), whole)
 
 
 def logit_gradient(
@@ -200,10 +188,10 @@ def _forward_local(
         part, others = setting.passes.statistics_and_mean(rows, local.table)
     else:
         part = setting.passes.statistics(rows, local.table)
-    whole, _ = entry_statistics(local, part, reduced_axes(setting.layout))
+    whole = _entry_statistics(local, part, reduced_axes(setting.layout))
     if others is not None:
         share = jnp.exp(part.log_normaliser - selection.to_slots(whole.log_normaliser))
-        others = (others * share[:, None]).astype(others.dtype).reshape(1, *shape, -1)
+        others = (others * share[:, None]).astype(others.dtype)[None]
     logprobs, _ = logprob_and_entropy(whole)
     return Saved(
         log_normaliser=whole.log_normaliser.reshape(shape),
@@ -226,6 +214,7 @@ def _backward_local(
     if saved.others is None:
         slot_bar, table_bar = setting.passes.gradients(rows, local.table, gradient)
     else:
+        assert setting.passes.table_gradient is not None
         table_bar = setting.passes.table_gradient(rows, local.table, gradient)
         others = saved.others.reshape(rows.hidden.shape)
         slot_logprobs = local.selection.to_slots(flat(saved.logprobs))

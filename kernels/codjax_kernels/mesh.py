@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from codjax_kernels.records import Layout, Statistics
@@ -50,6 +50,33 @@ class Specs(NamedTuple):
             entry=PartitionSpec(rows),
             parts=PartitionSpec(parts, rows),
             whole=PartitionSpec(),
+        )
+
+
+def check_layout(layout: Layout) -> None:
+    """Raise ValueError unless the axes are those of the mesh, and none cuts two things at once."""
+    if set(layout.mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"layout.mesh must have axes of type Auto; got {layout.mesh.axis_types}. Make it with "
+            "axis_types=(jax.sharding.AxisType.Auto, …)."
+        )
+    cuts = {name: getattr(layout, name) for name in Layout._fields if name != "mesh"}
+    for name, axes in cuts.items():
+        if not isinstance(axes, tuple) or not set(axes) <= set(layout.mesh.axis_names):
+            raise ValueError(
+                f"layout.{name} must be a tuple of axes of the mesh, {layout.mesh.axis_names}; got "
+                f"{axes!r}."
+            )
+    # Attention has rows, tokens and heads; log-probs have rows, tokens and vocab.
+    for together in (("rows", "tokens", "heads"), ("rows", "tokens", "vocab")):
+        used = [axis for name in together for axis in cuts[name]]
+        if len(used) != len(set(used)):
+            named = ", ".join(f"layout.{name} = {cuts[name]}" for name in together)
+            raise ValueError(f"a mesh axis can cut one of these only; got {named}.")
+    if not set(layout.width) <= {*layout.rows, *layout.tokens}:
+        raise ValueError(
+            "the axes of layout.width must be among those of layout.rows and layout.tokens; got "
+            f"{layout.width}, {layout.rows} and {layout.tokens}."
         )
 
 
@@ -106,7 +133,10 @@ def reduce_statistics(axes: tuple[str, ...], part: Statistics) -> Statistics:
 
 
 def reduce_table(layout: Layout | None, table_bar: Array) -> Array:
-    """The table's gradient summed over the devices that hold copies, cut as the table is."""
+    """The table's gradient summed over the devices that hold copies, cut as the table is.
+
+    What each device has made in float32 is rounded to the table's dtype before it travels.
+    """
     if layout is None:
         return table_bar
     copies = tuple(a for a in (*layout.rows, *layout.tokens) if a not in layout.width)
@@ -137,4 +167,4 @@ def _selected(
         is_here &= scored.is_valid
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     is_here = is_here.reshape(-1)
-    return is_here, select((token + num_tokens * row).reshape(-1), is_here)
+    return is_here, select((token + num_tokens * row).reshape(-1), is_here, rows * num_tokens)

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from codjax_kernels import in_forward, kl, logprobs
 from codjax_kernels.dispatch import Interpret, choose
 from codjax_kernels.in_forward import Loss
-from codjax_kernels.mesh import Scored, on_mesh
+from codjax_kernels.mesh import Scored, check_layout, on_mesh
 from codjax_kernels.records import Layout, Rows, Teacher
 
 AnyArray = Array | np.ndarray
@@ -42,7 +42,7 @@ def token_logprobs(  # noqa: PLR0917 - the order is public
     Logits are ``hidden @ unembedding.T / temperature``; they never exist beyond a block, forward
     or backward: the backward pass computes them again. Gradients flow to `hidden` and
     `unembedding`, from the log-prob and from the entropy; products accumulate in float32 and the
-    gradient of a bfloat16 `unembedding` is rounded once, after all entries are summed.
+    gradient of a bfloat16 `unembedding` is rounded after all entries of a device are summed.
 
     Args:
         hidden: hidden states that predict, float32 or bfloat16.
@@ -57,8 +57,9 @@ def token_logprobs(  # noqa: PLR0917 - the order is public
             and no gradient flows from them. None: all count.
         entropy_gradient: False makes the entropy a constant, which saves the Pallas TPU kernels a
             product in the backward pass.
-        chunk_size: entries whose logits exist at once on a device ("xla"); at least 1. Small
-            problems (xla.logprobs.SINGLE_CHUNK_LOGITS) are done in one chunk.
+        chunk_size: entries whose logits exist at once on a device ("xla"); at least 1. Without
+            gradients in the forward pass, small problems (xla.logprobs.SINGLE_CHUNK_LOGITS) are
+            done in one chunk.
         layout: how K (`tokens`) and the table (`vocab`, `width`) lie on a mesh; None: one device.
 
     Returns:
@@ -68,12 +69,15 @@ def token_logprobs(  # noqa: PLR0917 - the order is public
         ValueError: unknown implementation, or shapes that do not fit together.
     """
     hidden, unembedding, targets = map(jnp.asarray, (hidden, unembedding, targets))
-    fits = targets.ndim in {1, 2} and targets.shape[:1] == hidden.shape[:1]
-    if hidden.shape[1:] != unembedding.shape[1:] or not fits:
+    _check_operands("token_logprobs", hidden, unembedding, width_at=1)
+    if targets.shape not in {hidden.shape[:1], (hidden.shape[0], *targets.shape[1:2])} or (
+        0 in targets.shape[1:]
+    ):
         raise ValueError(
-            "token_logprobs takes hidden [K D], unembedding [V D] and targets [K] or [K J]; got "
-            f"{hidden.shape}, {unembedding.shape} and {targets.shape}."
+            "token_logprobs takes targets [K] or [K J] for hidden [K D], J at least 1; got "
+            f"{targets.shape} and {hidden.shape}."
         )
+    _check_temperature("token_logprobs", temperature, targets.shape[:1])
     if layout is not None and layout.rows:
         raise ValueError(
             "token_logprobs knows no rows: name the mesh axes that cut K in layout.tokens; got "
@@ -81,7 +85,7 @@ def token_logprobs(  # noqa: PLR0917 - the order is public
         )
     setting = _setting(implementation, interpret, chunk_size, layout, entropy_gradient)
     if not targets.size:
-        return jnp.zeros(targets.shape, jnp.float32), jnp.zeros(hidden.shape[0], jnp.float32)
+        return jnp.zeros(targets.shape, jnp.float32), jnp.zeros(0, jnp.float32)
     scored = _one_line(hidden, unembedding, targets, temperature, num_valid, layout)
     found, entropy = logprobs.scored_logprobs(setting, hidden[None], unembedding, scored)
     per_source = targets.shape[1] if targets.ndim == 2 else 1
@@ -123,11 +127,15 @@ def scored_logprobs(
 
     Returns:
         Log-probabilities and entropies in nats, float32.
+
+    Raises:
+        ValueError: unknown implementation, or shapes that do not fit together.
     """
     setting = _setting(implementation, interpret, chunk_size, layout, entropy_gradient)
+    hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
+    _check_entries("scored_logprobs", hidden, unembedding, source, target, is_valid, temperature)
     if not target.size:
         return jnp.zeros(target.shape, jnp.float32), jnp.zeros(target.shape, jnp.float32)
-    hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
     scored = _scored(unembedding, source, target, is_valid, temperature)
     return logprobs.scored_logprobs(setting, hidden, unembedding, scored)
 
@@ -152,8 +160,10 @@ def scored_loss(
 
     Args:
         loss: ``(logprobs [n], entropy [n], operands) → scalar``, a sum of terms each of which looks
-            at one entry only (`in_forward` says why); a loss that looks at several at once gets
-            wrong gradients.
+            at one entry only (`in_forward` says why). It is called for the entries of one device,
+            so what it divides by (a number of tokens) must come in `operands`, and it must not
+            close over anything that is differentiated. A loss that looks at several entries at
+            once, as a mean of those it sees does, gets wrong gradients.
         hidden: as in `scored_logprobs`.
         unembedding: as in `scored_logprobs`.
         source: as in `scored_logprobs`.
@@ -172,17 +182,22 @@ def scored_loss(
         The loss; log-probabilities and entropies as constants, for metrics.
 
     Raises:
-        ValueError: the implementation does not make gradients in the forward pass.
+        ValueError: the implementation does not make gradients in the forward pass, or shapes that
+            do not fit together.
     """
     setting = _setting(implementation, interpret, chunk_size, layout, entropy_gradient)
-    if setting.passes.stored_statistics is None:
-        raise ValueError(
-            f"implementation {implementation!r} does not make gradients in the forward pass; use "
-            "scored_logprobs and automatic differentiation, or implementation 'xla'."
-        )
+    _check_in_forward(setting, implementation, instead="scored_logprobs")
     hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
+    _check_entries("scored_loss", hidden, unembedding, source, target, is_valid, temperature)
     scored = _scored(unembedding, source, target, is_valid, temperature)
     operands = jax.tree.map(jnp.asarray, operands)
+    _check_loss_operands("scored_loss", operands, scored.target.shape)
+    if not target.size:
+        nothing = jnp.zeros(0, jnp.float32)
+        total = loss(
+            nothing, nothing, jax.tree.map(lambda x: x.reshape(-1) if x.ndim else x, operands)
+        )
+        return total, jnp.zeros(target.shape, jnp.float32), jnp.zeros(target.shape, jnp.float32)
     return in_forward.scored_loss(setting, loss, hidden, unembedding, scored, operands)
 
 
@@ -206,16 +221,22 @@ def token_loss(
     the loss says has no gradient.
     """
     setting = _setting(implementation, interpret, chunk_size, None, entropy_gradient)
-    if setting.passes.stored_statistics is None:
-        raise ValueError(
-            f"implementation {implementation!r} does not make gradients in the forward pass; use "
-            "token_logprobs and automatic differentiation, or implementation 'xla'."
-        )
+    _check_in_forward(setting, implementation, instead="token_logprobs")
     hidden, unembedding, targets = map(jnp.asarray, (hidden, unembedding, targets))
+    _check_operands("token_loss", hidden, unembedding, width_at=1)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_loss takes targets [K] for hidden [K D]; got {targets.shape} and "
+            f"{hidden.shape}."
+        )
+    _check_temperature("token_loss", temperature, targets.shape)
+    operands = jax.tree.map(jnp.asarray, operands)
+    _check_loss_operands("token_loss", operands, targets.shape)
+    if not targets.size:
+        nothing = jnp.zeros(0, jnp.float32)
+        return loss(nothing, nothing, operands), nothing, nothing
     scored = _one_line(hidden, unembedding, targets, temperature, num_valid, None)
-    operands = jax.tree.map(
-        lambda x: jnp.asarray(x)[None] if jnp.ndim(x) else jnp.asarray(x), operands
-    )
+    operands = jax.tree.map(lambda x: x[None] if x.ndim else x, operands)
     total, found, entropy = in_forward.scored_loss(
         setting, loss, hidden[None], unembedding, scored, operands
     )
@@ -323,8 +344,12 @@ def forest_attention(  # noqa: PLR0917 - the order is public
             "forest_attention takes q [B T N H], k and v [B T M H] with M dividing N, and "
             f"subtree_end [B T]; got {q.shape}, {k.shape}, {v.shape} and {subtree_end.shape}."
         )
+    q, k, v, subtree_end = map(jnp.asarray, (q, k, v, subtree_end))
+    if not q.size:
+        return q
     if layout is None:
-        return attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), subtree_end)
+        return attend(q, k, v, subtree_end)
+    check_layout(layout)
 
     def on_device(q, k, v, ends):  # type: ignore[no-untyped-def]
         start = 0
@@ -348,18 +373,77 @@ def _setting(
 ) -> logprobs.Setting:
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
-    if layout is not None and set(layout.mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f"layout.mesh must have axes of type Auto; got {layout.mesh.axis_types}. Make it with "
-            "axis_types=(jax.sharding.AxisType.Auto, …)."
-        )
-    if layout is not None and not set(layout.width) <= {*layout.rows, *layout.tokens}:
-        raise ValueError(
-            "the axes of layout.width must be among those of layout.rows and layout.tokens; got "
-            f"{layout.width}, {layout.rows} and {layout.tokens}."
-        )
+    if layout is not None:
+        check_layout(layout)
     passes = choose(implementation, interpret=interpret).logprob_passes(chunk_size, interpret)
     return logprobs.Setting(passes, layout, entropy_gradient)
+
+
+def _check_operands(name: str, hidden: Array, unembedding: Array, *, width_at: int) -> None:
+    shapes = "[K D]" if width_at == 1 else "[B T D]"
+    fits = (
+        hidden.ndim == width_at + 1
+        and unembedding.ndim == 2
+        and hidden.shape[width_at] == unembedding.shape[1]
+    )
+    if not fits or hidden.dtype != unembedding.dtype:
+        raise ValueError(
+            f"{name} takes hidden {shapes} and unembedding [V D] of one dtype; got "
+            f"{hidden.dtype}{list(hidden.shape)} and {unembedding.dtype}{list(unembedding.shape)}."
+        )
+
+
+def _check_temperature(name: str, temperature: Temperature, shape: tuple[int, ...]) -> None:
+    if np.shape(temperature) not in {(), shape}:
+        raise ValueError(
+            f"{name} takes a temperature, or one an entry {list(shape)}; got an array of shape "
+            f"{list(np.shape(temperature))}."
+        )
+    if not isinstance(temperature, jax.Array) and np.any(np.asarray(temperature) <= 0):
+        raise ValueError(
+            f"temperature must be above 0, since logits are divided by it; got {temperature}. "
+            "Greedy choice is no distribution: score with temperature 1."
+        )
+
+
+def _check_entries(  # noqa: PLR0917 - the arguments of the callers, in their order
+    name: str,
+    hidden: Array,
+    unembedding: Array,
+    source: AnyArray,
+    target: AnyArray,
+    is_valid: AnyArray | None,
+    temperature: Temperature,
+) -> None:
+    _check_operands(name, hidden, unembedding, width_at=2)
+    others = {"source": source, "target": target, "is_valid": is_valid}
+    shapes = {key: np.shape(x) for key, x in others.items() if x is not None}
+    fits = len(set(shapes.values())) == 1 and len(shapes["target"]) == 2
+    if not fits or shapes["target"][0] != hidden.shape[0]:
+        raise ValueError(
+            f"{name} takes source, target and is_valid [B K] for hidden [B T D]; got {shapes} and "
+            f"{hidden.shape}."
+        )
+    _check_temperature(name, temperature, shapes["target"])
+
+
+def _check_loss_operands(name: str, operands: Any, shape: tuple[int, ...]) -> None:
+    wrong = [x.shape for x in jax.tree.leaves(operands) if x.shape not in {(), shape}]
+    if wrong:
+        raise ValueError(
+            f"the operands of {name} are numbers and arrays of the entries' shape, {shape}; got an "
+            f"array of shape {wrong[0]}."
+        )
+
+
+def _check_in_forward(
+    setting: logprobs.Setting, implementation: str | None, *, instead: str
+) -> None:
+    if setting.passes.stored_statistics is None:
+        raise ValueError(
+            f"implementation {implementation!r} does not make gradients in the forward pass; use "
+            f"{instead} and automatic differentiation, or implementation 'xla'."
+        )
 
 
 def _one_line(  # noqa: PLR0917 - the arguments of the callers, in their order
@@ -373,7 +457,7 @@ def _one_line(  # noqa: PLR0917 - the arguments of the callers, in their order
     """Entries with a hidden state each, as one row."""
     num_sources = hidden.shape[0]
     if num_valid is not None:
-        num_valid = jnp.asarray(num_valid, jnp.int32)
+        num_valid = jnp.clip(jnp.asarray(num_valid, jnp.int32), 0, num_sources)
     if targets.ndim == 1 and layout is None:
         scored = _scored(unembedding, None, targets[None], None, _per_entry(temperature, 1))
         return scored._replace(num_valid=num_valid)

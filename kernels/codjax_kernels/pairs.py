@@ -2,9 +2,8 @@
 
 A kernel walks a list of such pairs instead of a rectangle of blocks, so that what the mask leaves
 out costs nothing: `block_pairs` makes the list (under jit, or on the host from a numpy array),
-`minimal_pairs` counts it from the dense mask, which is what tests hold the list against, and
-`attention_pairs_report` counts what a batch of forests saves. Rows are laid end to end, each padded
-to whole blocks, and one list serves them all.
+`minimal_pairs` counts it from the dense mask, which is what tests hold the list against. Rows are
+laid end to end, each padded to whole blocks, and one list serves them all.
 """
 
 from __future__ import annotations
@@ -40,27 +39,6 @@ class Pairs(NamedTuple):
     visited: Bool[AnyArray, " blocks"]  # whether a major block is in any pair
 
 
-class PairsReport(NamedTuple):
-    """What the mask of a batch of rows costs, against rows without branches; numbers of pairs."""
-
-    tokens: int
-    token_pairs: int  # that the mask leaves
-    visited_pairs: int  # token pairs in visited blocks
-    causal_pairs: int  # token pairs in the blocks below the diagonal, as if rows were plain
-    duplicated_tokens: int  # if every root-to-leaf sequence were a row of its own
-    duplicated_pairs: int  # token pairs in those rows' blocks below the diagonal
-
-    def flops(self, num_heads: int, head_dim: int) -> dict[str, int]:
-        """Matrix floating-point operations of forward (2 products) and backward (7) together.
-
-        The kernels' backward pass computes scores twice, once for dq and once for dk and dv.
-        """
-        per_pair = 2 * (2 + 7) * num_heads * head_dim
-        counts = {"forest": self.visited_pairs, "causal": self.causal_pairs}
-        counts["duplicated"] = self.duplicated_pairs
-        return {name: count * per_pair for name, count in counts.items()}
-
-
 def block_pairs(
     subtree_end: Int[AnyArray, "B T"],
     *,
@@ -93,8 +71,13 @@ def block_pairs(
     """
     rows, num_keys = subtree_end.shape
     num_q, num_k = math.ceil(num_queries / block_q), math.ceil(num_keys / block_k)
-    latest_start = query_start if isinstance(query_start, int) else num_keys - num_queries
-    capacity = rows * _causal_pairs(num_queries, num_keys, latest_start, block_q, block_k)
+    capacity = most_pairs(
+        subtree_end.shape,
+        num_queries=num_queries,
+        query_start=query_start,
+        block_q=block_q,
+        block_k=block_k,
+    )
     if rows * max(num_q, num_k) > MAX_BLOCKS or capacity > MAX_PAIRS:
         raise ValueError(
             f"{rows} rows of {num_keys} tokens are up to {capacity} pairs of blocks of {block_q} "
@@ -125,6 +108,20 @@ def block_pairs(
     words = _with_flags(words[: max(capacity, 1)], xp=xp)
     visited = xp.any(active, axis=1 if key_major else 2).reshape(-1)
     return Pairs(words, num_pairs, visited)
+
+
+def most_pairs(
+    keys_shape: tuple[int, ...],
+    *,
+    num_queries: int,
+    query_start: int | Int[Array, ""],
+    block_q: int,
+    block_k: int,
+) -> int:
+    """Pairs that `block_pairs` may list, whatever the forests: those of rows without branches."""
+    rows, num_keys = keys_shape
+    latest_start = query_start if isinstance(query_start, int) else num_keys - num_queries
+    return rows * _causal_pairs(num_queries, num_keys, latest_start, block_q, block_k)
 
 
 def major_block(word: AnyArray) -> AnyArray:
@@ -162,31 +159,6 @@ def minimal_pairs(
     return count
 
 
-def attention_pairs_report(subtree_end: Int[np.ndarray, "B T"], block: int) -> PairsReport:
-    """Token pairs that blocks of `block` queries and keys visit, and what plain rows would visit.
-
-    Args:
-        subtree_end: forests; a lone token (end one past itself) counts as padding and is left out
-            of the duplicated rows, not of the visited blocks.
-        block: queries, and keys, in a block.
-    """
-    rows, num_tokens = subtree_end.shape
-    area = block * block
-    pairs = block_pairs(subtree_end, num_queries=num_tokens, block_q=block, block_k=block)
-    causal = rows * _causal_pairs(num_tokens, num_tokens, 0, block, block)
-    sequences = [length for ends in subtree_end for length in _leaf_depths(ends)]
-    duplicated = sum(_causal_pairs(n, n, 0, block, block) for n in sequences)
-    index = np.arange(num_tokens)
-    return PairsReport(
-        tokens=rows * num_tokens,
-        token_pairs=int(np.maximum(subtree_end - index, 0).sum()),
-        visited_pairs=int(pairs.num_pairs) * area,
-        causal_pairs=causal * area,
-        duplicated_tokens=sum(sequences),
-        duplicated_pairs=duplicated * area,
-    )
-
-
 def _seen_by(  # type: ignore[no-untyped-def]
     subtree_end: Int[AnyArray, "B T"],
     first: Int[AnyArray, " blocks"],
@@ -221,15 +193,3 @@ def _causal_pairs(
     first = np.arange(0, num_queries, block_q)
     last = query_start + np.minimum(first + block_q, num_queries) - 1
     return int((np.minimum(last, num_keys - 1) // block_k + 1).sum())
-
-
-def _leaf_depths(ends: Int[np.ndarray, " T"]) -> list[int]:
-    """Lengths of a row's root-to-leaf sequences, but those of a single token."""
-    depths, open_ends = [], list[int]()
-    for token, end in enumerate(ends.tolist()):
-        while open_ends and open_ends[-1] <= token:
-            open_ends.pop()
-        open_ends.append(end)
-        if end == token + 1 and len(open_ends) > 1:
-            depths.append(len(open_ends))
-    return depths

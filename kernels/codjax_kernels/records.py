@@ -100,12 +100,13 @@ class LogprobPasses(NamedTuple):
             None where `gradients` is the better way.
         gradients: ``(rows, table, gradient) -> (hidden_bar [K D], table_bar [V D])`` in the dtypes
             of their primals, logits computed again.
-        table_gradient: ``(rows, table, gradient) -> table_bar``, the same without `hidden_bar`.
+        table_gradient: ``(rows, table, gradient) -> table_bar``, the same without `hidden_bar`;
+            there where `statistics_and_mean` is.
         stored_statistics: ``(rows, table) -> (Statistics, stored)``: also keeps what the backward
             pass needs of every logit; None where the implementation cannot.
         stored_gradients: ``(rows, table, stored, gradient, total) -> (hidden_bar, new total)``,
             the table's gradient added to `total` `[V D]` float32: no logit is computed again.
-        block_rows: rows whose logits `stored_statistics` is to keep at once.
+        block_rows: rows whose logits `stored_statistics` is to keep at once; 0 without it.
         kl_statistics: ``(rows, table, teacher) -> (Statistics, TeacherStatistics)``, the targets of
             the rows unused; None where the implementation has no divergences.
         kl_gradients: ``(rows, table, teacher, gradient) -> (hidden_bar, table_bar)``.
@@ -114,7 +115,7 @@ class LogprobPasses(NamedTuple):
     statistics: Callable[[Rows, Array], Statistics]
     statistics_and_mean: Callable[[Rows, Array], tuple[Statistics, Array]] | None
     gradients: Callable[[Rows, Array, LogitGradient], tuple[Array, Array]]
-    table_gradient: Callable[[Rows, Array, LogitGradient], Array]
+    table_gradient: Callable[[Rows, Array, LogitGradient], Array] | None
     stored_statistics: Callable[[Rows, Array], tuple[Statistics, Any]] | None
     stored_gradients: Callable[[Rows, Array, Any, LogitGradient, Array], tuple[Array, Array]] | None
     block_rows: int

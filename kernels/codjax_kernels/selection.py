@@ -22,16 +22,14 @@ from codjax_kernels.records import Rows
 
 
 class Selection(NamedTuple):
-    """Slots of the entries, and entries of the slots."""
+    """Slots of the entries, and entries of the slots: S of them, the lesser of K and R."""
 
-    slot_source: Int[Array, " K"] | None  # hidden state of each slot, 0 where unused; None: its own
-    slot_entry: Int[Array, " K"]  # main entry of each slot; 0 where unused
+    slot_source: Int[Array, " S"] | None  # hidden state of each slot, 0 where unused; None: its own
+    slot_entry: Int[Array, " S"]  # main entry of each slot; 0 where unused
     num_slots: Int[Array, ""] | None  # None: all
-    entry_slot: Int[Array, " K"]  # slot of each entry; K - 1 or less, 0 for padding
+    entry_slot: Int[Array, " K"]  # slot of each entry; 0 for padding
     is_main: Bool[Array, " K"]  # by entry; False for padding
-    extra_entry: (
-        Int[Array, " K"] | None
-    )  # the extra entries, by slot, 0 behind the last; None: none
+    extra_entry: Int[Array, " K"] | None  # 0 behind the last; None: none
     num_extra: Int[Array, ""] | None
 
     def to_entries(self, of_slot: Float[Array, " slots"], begin: Array | int) -> Array:
@@ -44,15 +42,16 @@ class Selection(NamedTuple):
         line = jnp.zeros(num_entries + size, of_slot.dtype)
         return jax.lax.dynamic_update_slice(line, of_slot, (begin,))[:num_entries]
 
-    def to_slots(self, of_entry: Shaped[Array, " K"]) -> Shaped[Array, " K"]:
+    def to_slots(self, of_entry: Shaped[Array, " K"]) -> Shaped[Array, " S"]:
         """The value of the main entry of every slot."""
         return of_entry if self.slot_source is None else of_entry[self.slot_entry]
 
-    def sum_to_slots(self, of_entry: Float[Array, " K"]) -> Float[Array, " K"]:
+    def sum_to_slots(self, of_entry: Float[Array, " K"]) -> Float[Array, " S"]:
         """The sum over the entries of every slot."""
         if self.slot_source is None:
             return of_entry
-        return jnp.zeros_like(of_entry).at[self.entry_slot].add(of_entry)
+        zeros = jnp.zeros(self.slot_entry.shape[0], of_entry.dtype)
+        return zeros.at[self.entry_slot].add(of_entry)
 
 
 class Local(NamedTuple):
@@ -66,14 +65,16 @@ class Local(NamedTuple):
     selection: Selection
 
 
-def select(source: Int[Array, " K"], is_valid: Bool[Array, " K"]) -> Selection:
+def select(source: Int[Array, " K"], is_valid: Bool[Array, " K"], num_sources: int) -> Selection:
     """Slots for the distinct sources of the valid entries, in the order of the sources.
 
     Args:
         source: index of the hidden state that predicts each entry, at least 0 where valid.
         is_valid: False for padding.
+        num_sources: R, hidden states that there are.
     """
     (num_entries,) = source.shape
+    most_slots = min(num_entries, num_sources)
     last = jnp.iinfo(jnp.int32).max
     key = jnp.where(is_valid, source.astype(jnp.int32), last)
     index = jnp.arange(num_entries, dtype=jnp.int32)
@@ -82,13 +83,13 @@ def select(source: Int[Array, " K"], is_valid: Bool[Array, " K"]) -> Selection:
     is_first = is_used & jnp.concatenate([jnp.ones(1, bool), key[1:] != key[:-1]])
     slot = jnp.maximum(jnp.cumsum(is_first, dtype=jnp.int32) - 1, 0)
     # What is not to be written goes past the end, where scatters drop it.
-    first_to = jnp.where(is_first, slot, num_entries)
-    zeros = jnp.zeros(num_entries, jnp.int32)
+    first_to = jnp.where(is_first, slot, most_slots)
+    zeros, of_slots = jnp.zeros(num_entries, jnp.int32), jnp.zeros(most_slots, jnp.int32)
     is_extra = is_used & ~is_first
     extra_to = jnp.where(is_extra, jnp.cumsum(is_extra, dtype=jnp.int32) - 1, num_entries)
     return Selection(
-        slot_source=zeros.at[first_to].set(key, mode="drop"),
-        slot_entry=zeros.at[first_to].set(order, mode="drop"),
+        slot_source=of_slots.at[first_to].set(key, mode="drop"),
+        slot_entry=of_slots.at[first_to].set(order, mode="drop"),
         num_slots=jnp.sum(is_first, dtype=jnp.int32),
         entry_slot=zeros.at[order].set(jnp.where(is_used, slot, 0)),
         is_main=jnp.zeros(num_entries, bool).at[order].set(is_first),
@@ -123,7 +124,7 @@ def slot_rows(local: Local) -> Rows:
     )
 
 
-def to_hidden(local: Local, slot_bar: Float[Array, "K D"]) -> Float[Array, "R D"]:
+def to_hidden(local: Local, slot_bar: Float[Array, "S D"]) -> Float[Array, "R D"]:
     """Gradient of the hidden states from that of the slots; 0 for the others."""
     selection = local.selection
     if selection.num_slots is None:

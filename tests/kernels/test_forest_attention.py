@@ -7,19 +7,7 @@ import pytest
 from codjax_kernels import forest_attention, reference
 from codjax_kernels.xla import attention as xla
 
-
-def random_forest(rng, num_rows, num_tokens):
-    """Subtree ends of random forests in depth-first order, some of them lone padding tokens."""
-    ends = np.zeros((num_rows, num_tokens), np.int32)
-    for row in range(num_rows):
-        open_ends = []
-        for token in range(num_tokens):
-            while open_ends and open_ends[-1] == token:
-                open_ends.pop()
-            limit = open_ends[-1] if open_ends else num_tokens
-            ends[row, token] = rng.choice([token + 1, limit, rng.integers(token + 1, limit + 1)])
-            open_ends.append(ends[row, token])
-    return ends
+from tests.kernels import forests
 
 
 def problem(num_rows, num_tokens, num_heads, num_kv_heads, head_dim):
@@ -28,7 +16,7 @@ def problem(num_rows, num_tokens, num_heads, num_kv_heads, head_dim):
     kv_shape = (num_rows, num_tokens, num_kv_heads, head_dim)
     q, out_bar = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
     k, v = (rng.normal(size=kv_shape).astype(np.float32) for _ in range(2))
-    return q, k, v, random_forest(rng, num_rows, num_tokens), out_bar
+    return q, k, v, forests.random_forest(rng, num_rows, num_tokens), out_bar
 
 
 def value_and_grad(function, q, k, v, *rest):

@@ -17,23 +17,11 @@ import pytest
 from codjax_kernels import pairs, reference
 from codjax_kernels.gpu import attention, block_lists
 
+from tests.kernels import forests
+
 HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
 mosaic = pytest.mark.skipif(not HAS_MOSAIC, reason="Mosaic GPU kernels need jax >= 0.12")
 HAS_CUDA = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
-
-
-def random_forest(rng, num_rows, num_tokens):
-    """Subtree ends of random forests in depth-first order, some of them lone padding tokens."""
-    ends = np.zeros((num_rows, num_tokens), np.int32)
-    for row in range(num_rows):
-        open_ends = []
-        for token in range(num_tokens):
-            while open_ends and open_ends[-1] == token:
-                open_ends.pop()
-            limit = open_ends[-1] if open_ends else num_tokens
-            ends[row, token] = rng.choice([token + 1, limit, rng.integers(token + 1, limit + 1)])
-            open_ends.append(ends[row, token])
-    return ends
 
 
 def problem(num_rows, num_tokens, num_heads, num_kv_heads, head_size, *, dtype=jnp.bfloat16):
@@ -41,7 +29,7 @@ def problem(num_rows, num_tokens, num_heads, num_kv_heads, head_size, *, dtype=j
     shapes = [(num_rows, num_tokens, n, head_size) for n in (num_heads, num_kv_heads)]
     q, out_bar = (jnp.asarray(rng.normal(size=shapes[0]), dtype) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=shapes[1]), dtype) for _ in range(2))
-    return q, k, v, jnp.asarray(random_forest(rng, num_rows, num_tokens)), out_bar
+    return q, k, v, jnp.asarray(forests.random_forest(rng, num_rows, num_tokens)), out_bar
 
 
 def value_and_gradients(function, *inputs):
@@ -168,7 +156,7 @@ def test_gradients_of_slices_add_up():
     [(128, 128, 0, 300), (128, 64, 37, 200), (64, 128, 256, 44)],
 )
 def test_lists_hold_each_visible_pair_of_blocks_once(query_block, key_block, offset, num_queries):
-    subtree_end = random_forest(np.random.default_rng(0), 2, 300)
+    subtree_end = forests.random_forest(np.random.default_rng(0), 2, 300)
     visible = block_lists.visible_blocks(
         jnp.asarray(subtree_end),
         jnp.int32(offset),

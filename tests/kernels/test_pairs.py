@@ -118,17 +118,3 @@ def test_too_many_pairs():
         jax.eval_shape(
             lambda e: pairs.block_pairs(e, num_queries=131_072, block_q=512, block_k=512), ends
         )
-
-
-def test_report():
-    # A tree  0-3 ─┬─ 4-5   and two tokens of padding, in blocks of two: 3 + 2 + 2 + 1 pairs.
-    #              └─ 6-7
-    ends = np.array([[8, 8, 8, 8, 6, 6, 8, 8, 9, 10]])
-    report = pairs.attention_pairs_report(ends, 2)
-    assert report.tokens == 10
-    assert report.visited_pairs == 4 * (1 + 2 + 3 + 3 + 1)
-    assert report.causal_pairs == 4 * (1 + 2 + 3 + 4 + 5)
-    assert report.token_pairs == (1 + 2 + 3 + 4) + (5 + 6) + (5 + 6) + 1 + 1
-    assert (report.duplicated_tokens, report.duplicated_pairs) == (12, 4 * 2 * (1 + 2 + 3))
-    flops = report.flops(num_heads=2, head_dim=3)
-    assert flops["forest"] == 40 * 2 * (2 + 7) * 2 * 3

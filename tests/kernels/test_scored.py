@@ -73,7 +73,7 @@ def assert_same(got, expected, tolerance=1e-5):
 class TestSelect:
     def test_by_hand(self):
         source = jnp.array([7, 2, 9, 7, 2, 2])
-        found = select(source, jnp.array([True, True, False, True, True, True]))
+        found = select(source, jnp.array([True, True, False, True, True, True]), num_sources=10)
         assert int(found.num_slots) == 2
         assert found.slot_source[:2].tolist() == [2, 7]
         assert found.slot_entry[:2].tolist() == [1, 0]
@@ -83,8 +83,14 @@ class TestSelect:
         assert found.extra_entry[:3].tolist() == [4, 5, 3]
 
     def test_nothing_valid(self):
-        found = select(jnp.array([3, 3]), jnp.array([False, False]))
+        found = select(jnp.array([3, 3]), jnp.array([False, False]), num_sources=10)
         assert int(found.num_slots) == int(found.num_extra) == 0
+
+    def test_no_more_slots_than_hidden_states(self):
+        found = select(jnp.array([1, 0, 1, 1, 0]), jnp.ones(5, bool), num_sources=2)
+        assert found.slot_source.tolist() == [0, 1]
+        assert found.slot_entry.tolist() == [1, 0]
+        assert int(found.num_extra) == 3
 
 
 @pytest.mark.parametrize("chunk_size", [3, 64])
@@ -197,7 +203,7 @@ def test_sharded_equals_unsharded(name):
 
 
 def reductions(program: str) -> list[str]:
-    """Shape and operation of every all-reduce of a compiled program."""
+    """Shape and operation of every all-reduce of a compiled program, each once."""
     found = re.findall(r"%(pmax|psum)\S* = (\S+)\{\S* all-reduce\(", program)
     assert len(found) == len(re.findall(r" all-reduce(?:-start)?\(", program))
     return sorted(f"{operation} {shape}" for operation, shape in found)
@@ -215,7 +221,27 @@ def test_collectives_are_one_max_and_one_sum_forward_and_one_sum_backward():
     forward = jax.jit(score).lower(hidden, table).compile().as_text()
     assert reductions(forward) == [f"pmax f32[{num_entries}]", f"psum f32[3,{num_entries}]"]
     both = jax.jit(backward).lower(hidden, table).compile().as_text()
-    assert reductions(both) == sorted([*reductions(forward), f"psum f32[{num_entries},{WIDTH}]"])
+    num_slots = min(num_entries, ROWS * TOKENS)
+    assert reductions(both) == sorted([*reductions(forward), f"psum f32[{num_slots},{WIDTH}]"])
+
+
+def test_gradients_in_forward_reduce_what_belongs_to_a_block():
+    hidden, table, source, target, is_valid, _ = problem()
+    operands = operands_of(hidden, table, source, target, is_valid)
+    layout = Layout(mesh=make_mesh((8,), ("vocab",)), vocab=("vocab",))
+
+    def loss(hidden, table):
+        entries = {"source": source, "target": target, "is_valid": is_valid}
+        return scored_loss(
+            clipped_loss, hidden, table, **entries, operands=operands, chunk_size=4, layout=layout
+        )[0]
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table).compile().as_text()
+    # In the loop, whose turns are the blocks of 4 slots; and once before it, the logits of
+    # targets beyond the first.
+    assert reductions(program) == sorted(
+        ["pmax f32[4]", "psum f32[3,4]", f"psum f32[4,{WIDTH}]", f"psum f32[{ROWS * ENTRIES}]"]
+    )
 
 
 def clipped_loss(logprobs, entropy, operands):
@@ -349,3 +375,113 @@ def test_a_mesh_of_explicit_axes_is_refused():
     layout = Layout(mesh=jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,)))
     with pytest.raises(ValueError, match="axes of type Auto"):
         scored_logprobs(hidden, table, source=source, target=target, layout=layout)
+
+
+def test_a_target_of_many_sources_is_summed_in_float32():
+    # Added to a bfloat16 row one by one, 2,048 terms would be half lost.
+    rng = np.random.default_rng(0)
+    hidden, table = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2048, 16), (40, 16))
+    )
+    targets = jnp.stack([jnp.arange(2048) % 40, jnp.full(2048, 7)], axis=1)
+
+    def loss(score, hidden, table):
+        return jnp.sum(score(hidden, table))
+
+    def ours(hidden, table):
+        return token_logprobs(hidden, table, targets)[0]
+
+    def naive(hidden, table):
+        logits = jnp.einsum("kd,vd->kv", hidden, table, preferred_element_type=jnp.float32)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=1)
+
+    def gradients(score, dtype):
+        made = jax.grad(functools.partial(loss, score), (0, 1))(
+            hidden.astype(dtype), table.astype(dtype)
+        )
+        return [np.asarray(x, np.float64) for x in made]
+
+    exact = gradients(naive, jnp.float32)
+    for got, plain, truth in zip(
+        gradients(ours, jnp.bfloat16), gradients(naive, jnp.bfloat16), exact, strict=True
+    ):
+        error, bar = (np.linalg.norm(x - truth) / np.linalg.norm(truth) for x in (got, plain))
+        assert error < 1.5 * bar
+
+
+@pytest.mark.parametrize("num_valid", [40, 45])
+def test_more_valid_entries_than_there_are_count_as_all(num_valid):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(40, WIDTH)).astype(np.float32)
+    table = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
+
+    def gradient(**settings):
+        def total(hidden):
+            return token_loss(
+                lambda logprobs, entropy, weight: jnp.sum(weight * logprobs),
+                hidden,
+                table,
+                targets=np.arange(40) % VOCAB,
+                operands=np.ones(40, np.float32),
+                chunk_size=16,
+                **settings,
+            )[0]
+
+        return jax.grad(total)(hidden)
+
+    np.testing.assert_array_equal(gradient(num_valid=num_valid), gradient())
+
+
+def test_nothing_to_score():
+    hidden, table, *_ = problem()
+    none = np.zeros((ROWS, 0), np.int32)
+
+    def loss(logprobs, entropy, operands):
+        return jnp.sum(logprobs)
+
+    total, logprobs, entropy = scored_loss(
+        loss, hidden, table, source=none, target=none, operands=none
+    )
+    assert float(total) == 0
+    assert logprobs.shape == entropy.shape == (ROWS, 0)
+    empty = np.zeros(0, np.int32)
+    found = token_loss(loss, hidden[0, :0], table, targets=empty, operands=empty)
+    assert float(found[0]) == 0
+
+
+class TestRefused:
+    def test_rows_that_are_not_there(self):
+        hidden, table, source, target, _, _ = problem()
+        with pytest.raises(ValueError, match=r"source, target and is_valid \[B K\]"):
+            scored_logprobs(hidden[:1], table, source=source, target=target)
+
+    def test_operands_of_another_shape(self):
+        hidden, table, source, target, _, _ = problem()
+        with pytest.raises(ValueError, match=r"entries' shape, \(4, 10\).*shape \(10,\)"):
+            scored_loss(
+                clipped_loss, hidden, table, source=source, target=target, operands=np.ones(10)
+            )
+
+    def test_two_dtypes(self):
+        hidden, table, source, target, _, _ = problem()
+        with pytest.raises(ValueError, match=r"of one dtype; got float32\[4, 6, 8\] and bfloat16"):
+            scored_logprobs(hidden, table.astype(jnp.bfloat16), source=source, target=target)
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, np.array([1.0, 0.0])])
+    def test_a_temperature_that_divides_nothing(self, temperature):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            token_logprobs(np.ones((2, 4)), np.ones((3, 4)), np.zeros(2, int), temperature)
+
+    @pytest.mark.parametrize(
+        ("axes", "message"),
+        [
+            ({"rows": ("a",), "vocab": ("a",)}, "can cut one of these only"),
+            ({"vocab": "a"}, r"layout.vocab must be a tuple of axes of the mesh.*got 'a'"),
+            ({"heads": ("d",)}, r"layout.heads must be .* got \('d',\)"),
+        ],
+    )
+    def test_layouts(self, axes, message):
+        hidden, table, source, target, _, _ = problem()
+        layout = Layout(mesh=make_mesh((2, 2, 2), ("a", "b", "c")), **axes)
+        with pytest.raises(ValueError, match=message):
+            scored_logprobs(hidden, table, source=source, target=target, layout=layout)

@@ -48,6 +48,12 @@ def test_128k_tokens_compile(chip):
     compiled(chip, num_tokens=131_072, num_heads=8, num_kv_heads=2)
 
 
+@pytest.mark.slow
+def test_128k_tokens_compile_with_16_heads_a_key_value_head():
+    # Blocks of 128 queries and 512 keys would be more pairs than the list holds.
+    compiled("v5e", num_tokens=131_072, num_heads=32, num_kv_heads=2)
+
+
 def simulated(kernel, segment):
     """Cycles and pairs of one kernel on v5e for a row of 2,048 tokens in segments."""
     ends = (np.arange(2048) // segment * segment + segment)[None].astype(np.int32)
@@ -59,11 +65,11 @@ def simulated(kernel, segment):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "busy", "share"),
-    # Measured: 1.30 and 0.79, 1.22 and 0.85, 1.10 and 0.95.
+    # Measured: 1.19 and 1.02, 1.08 and 1.23, 0.96 and 1.28; 0.9 is what was asked for.
     [
-        ("forward", 1.35, 0.77),
-        ("query_gradient", 1.25, 0.83),
-        ("key_value_gradient", 1.15, 0.92),
+        ("forward", 1.25, 0.97),
+        ("query_gradient", 1.15, 1.15),
+        ("key_value_gradient", 1.0, 1.2),
     ],
 )
 def test_cycles_follow_the_pairs(kernel, busy, share):

@@ -33,7 +33,7 @@ from codjax_kernels.records import LogitGradient, LogprobPasses, Rows, Statistic
 STAGED_LOGITS = 1 << 27  # derivatives stored at once: 256 MiB
 MINIMUM_SLICE = 2048  # of the vocabulary; below it, adding up [K D] would cost most
 
-Sums = tuple[Array | None, Array]  # float32 [K D] of the hidden states, and [V D] of the table
+Sums = tuple[Array, Array]  # float32 [K D] of the hidden states, and [V D] of the table
 
 
 @functools.cache
@@ -43,10 +43,10 @@ def passes(interpret: Any) -> LogprobPasses:
         statistics=functools.partial(statistics, interpret=interpret),
         statistics_and_mean=None,  # no fewer products than `gradients`, which keeps derivatives
         gradients=functools.partial(gradients, interpret=interpret),
-        table_gradient=functools.partial(table_gradient, interpret=interpret),
+        table_gradient=None,
         stored_statistics=None,
         stored_gradients=None,
-        block_rows=ROWS,
+        block_rows=0,
     )
 
 
@@ -96,21 +96,38 @@ def gradients(
         ValueError: as in `statistics`.
     """
     _check(rows, table)
-    hidden_bar, table_bar = _gradients(rows, table, gradient, with_hidden=True, interpret=interpret)
-    assert hidden_bar is not None
-    return hidden_bar, table_bar
+    num_rows, vocab_size = len(rows.targets), len(table)
+    counts = jnp.arange(num_rows) < (num_rows if rows.num_valid is None else rows.num_valid)
+    # Padding may hold anything, and its derivative of 0 times nan would be nan.
+    padded = _whole_blocks(rows._replace(hidden=jnp.where(counts[:, None], rows.hidden, 0)))
+    factors = _factors(rows, gradient, counts)
+    whole_table = _lengthen(table, 8)
+    length, num_slices = _slices(len(padded.hidden), vocab_size)
 
+    def add_slice(index: Any, sums: Sums, end: int | None = None) -> Sums:
+        hidden_sum, table_bar = sums
+        first = jnp.reshape(jnp.asarray(index * length, jnp.int32), (1,))
+        derivatives = kernels.derivatives(
+            padded,
+            whole_table,
+            factors,
+            first,
+            vocab_size=vocab_size,
+            length=length,
+            interpret=interpret,
+        )
+        hidden_sum = hidden_sum + kernels.times_table(
+            derivatives, whole_table, first, padded.num_valid, interpret=interpret
+        )
+        part = kernels.times_hidden(derivatives, padded, interpret=interpret)[:end]
+        return hidden_sum, lax.dynamic_update_slice_in_dim(table_bar, part, first[0], axis=0)
 
-def table_gradient(
-    rows: Rows,
-    table: Float[Array, "V D"],
-    gradient: LogitGradient,
-    *,
-    interpret: Any = False,
-) -> Float[Array, "V D"]:
-    """Gradient of the table alone, as `gradients`."""
-    _check(rows, table)
-    return _gradients(rows, table, gradient, with_hidden=False, interpret=interpret)[1]
+    sums: Sums = (jnp.zeros(padded.hidden.shape, jnp.float32), jnp.zeros_like(table))
+    last = num_slices - 1
+    if last:
+        sums = lax.fori_loop(0, last, add_slice, sums)
+    hidden_sum, table_bar = add_slice(last, sums, vocab_size - last * length)
+    return hidden_sum[:num_rows].astype(rows.hidden.dtype), table_bar
 
 
 def _check(rows: Rows, table: Array) -> None:
@@ -152,52 +169,6 @@ def _lengthen(array: Array, multiple: int) -> Array:
     """The array with zeros behind it, up to a multiple of this length."""
     missing = -len(array) % multiple
     return jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))) if missing else array
-
-
-def _gradients(
-    rows: Rows,
-    table: Float[Array, "V D"],
-    gradient: LogitGradient,
-    *,
-    with_hidden: bool,
-    interpret: Any,
-) -> tuple[Float[Array, "K D"] | None, Float[Array, "V D"]]:
-    """Gradients of the hidden states, where wanted, and of the table: slice by slice of it."""
-    num_rows, vocab_size = len(rows.targets), len(table)
-    counts = jnp.arange(num_rows) < (num_rows if rows.num_valid is None else rows.num_valid)
-    # Padding may hold anything, and its derivative of 0 times nan would be nan.
-    padded = _whole_blocks(rows._replace(hidden=jnp.where(counts[:, None], rows.hidden, 0)))
-    factors = _factors(rows, gradient, counts)
-    whole_table = _lengthen(table, 8)
-    length, num_slices = _slices(len(padded.hidden), vocab_size)
-
-    def add_slice(index: Any, sums: Sums, end: int | None = None) -> Sums:
-        hidden_sum, table_bar = sums
-        first = jnp.reshape(jnp.asarray(index * length, jnp.int32), (1,))
-        derivatives = kernels.derivatives(
-            padded,
-            whole_table,
-            factors,
-            first,
-            vocab_size=vocab_size,
-            length=length,
-            interpret=interpret,
-        )
-        if hidden_sum is not None:
-            hidden_sum = hidden_sum + kernels.times_table(
-                derivatives, whole_table, first, padded.num_valid, interpret=interpret
-            )
-        part = kernels.times_hidden(derivatives, padded, interpret=interpret)[:end]
-        return hidden_sum, lax.dynamic_update_slice_in_dim(table_bar, part, first[0], axis=0)
-
-    hidden_sum = jnp.zeros(padded.hidden.shape, jnp.float32) if with_hidden else None
-    sums: Sums = (hidden_sum, jnp.zeros_like(table))
-    last = num_slices - 1
-    if last:
-        sums = lax.fori_loop(0, last, add_slice, sums)
-    hidden_sum, table_bar = add_slice(last, sums, vocab_size - last * length)
-    hidden_bar = None if hidden_sum is None else hidden_sum[:num_rows].astype(rows.hidden.dtype)
-    return hidden_bar, table_bar
 
 
 def _slices(num_rows: int, vocab_size: int) -> tuple[int, int]:

@@ -73,10 +73,7 @@ class Compiled(NamedTuple):
     """A program compiled for the H100."""
 
     kernels: tuple[KernelResources, ...]  # Mosaic kernels only, those of XLA are not listed
-    argument_bytes: int
-    output_bytes: int
     temp_bytes: int
-    executable: jax.stages.Compiled
 
 
 def require_jax() -> None:
@@ -123,10 +120,7 @@ def compile_for_h100(function: Callable[..., Any], *shapes: Any) -> Compiled:
     memory = executable.memory_analysis()
     return Compiled(
         kernels=kernels,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        executable=executable,
     )
 
 

@@ -30,6 +30,8 @@ from codjax_kernels.tpu.blocks import CHIPS, LANES, Chip
 # Rows of a tile, queries times their heads, at most (as far as blocks of 128 queries allow): with
 # large groups of heads the buffers and running sums of more would fill the memory of a core.
 MAX_TILE_ROWS = 2048
+# Keys of a block, at most, where the list of pairs would be too long for the scalar memory.
+MAX_KEYS = 2048
 
 
 class Blocks(NamedTuple):

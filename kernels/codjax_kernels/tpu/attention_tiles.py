@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from codjax_kernels import pairs
-from codjax_kernels.tpu.attention_blocks import LANES, MAX_TILE_ROWS, Blocks, fitted
+from codjax_kernels.tpu.attention_blocks import LANES, MAX_KEYS, MAX_TILE_ROWS, Blocks, fitted
 
 MASKED_SCORE = -1e30  # finite, so that no mask can make a nan
 NOTHING_SEEN = 1e30  # log-normaliser of a query that sees nothing: all its weights are 0
@@ -55,8 +55,19 @@ def layout(
 ) -> Layout:
     """Cuts rows into the blocks of a kernel, numbers their tokens and lists the pairs."""
     rows, num_keys = subtree_end.shape
-    block_q = fitted(min(blocks.queries, MAX_TILE_ROWS // group), num_queries)
+    most_queries = max(MAX_TILE_ROWS // group // LANES, 1) * LANES
+    block_q = fitted(min(blocks.queries, most_queries), num_queries)
     block_k = fitted(blocks.keys, num_keys)
+    most_pairs = functools.partial(
+        pairs.most_pairs,
+        subtree_end.shape,
+        num_queries=num_queries,
+        query_start=query_start,
+        block_q=block_q,
+    )
+    # Long rows of large groups: narrow blocks of queries would make too long a list.
+    while most_pairs(block_k=block_k) > pairs.MAX_PAIRS and block_k < MAX_KEYS:
+        block_k *= 2
     listed = pairs.block_pairs(
         subtree_end,
         num_queries=num_queries,

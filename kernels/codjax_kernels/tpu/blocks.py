@@ -11,7 +11,7 @@ while the vector units are busy with those of the piece before. What bounds them
 
 The chip that counts is the one that `target` names, else that of the mesh at hand, else that of the
 first device. Entries are those with the fewest cycles that the TPU compiler simulates, as
-``codjax bench kernels --tune --topology=v5e`` searches them.
+``codjax bench kernels --tune --topology=v5e`` searches them; only `kl` is a guess after `hidden`.
 """
 
 from __future__ import annotations

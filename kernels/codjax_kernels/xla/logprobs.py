@@ -40,7 +40,7 @@ def passes(chunk_size: int) -> LogprobPasses:
         statistics=functools.partial(statistics, chunk_size=chunk_size),
         statistics_and_mean=None,  # no fewer products than `gradients`
         gradients=functools.partial(gradients, chunk_size=chunk_size),
-        table_gradient=functools.partial(table_gradient, chunk_size=chunk_size),
+        table_gradient=None,
         stored_statistics=stored_statistics,
         stored_gradients=stored_gradients,
         block_rows=chunk_size,
@@ -84,13 +84,6 @@ def gradients(
     bars = (jnp.zeros_like(padded.hidden), jnp.zeros(table.shape, jnp.float32))
     hidden_bars, total = _over_chunks(rows, chunk, step, bars)
     return hidden_bars[: rows.hidden.shape[0]], total.astype(table.dtype)
-
-
-def table_gradient(
-    rows: Rows, table: Float[Array, "V D"], gradient: LogitGradient, *, chunk_size: int
-) -> Float[Array, "V D"]:
-    """Gradient of the table alone."""
-    return gradients(rows, table, gradient, chunk_size=chunk_size)[1]
 
 
 def stored_statistics(
