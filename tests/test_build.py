@@ -28,3 +28,15 @@ def test_the_devices_found_must_suit_the_config(changes, message):
         return
     with pytest.raises(checks.ConfigError, match=message):
         build.make_mesh(config, model)
+
+
+def test_a_model_that_the_platforms_kernels_cannot_run_is_refused_before_it_runs():
+    config = tiny.get_config()
+    sizes = build.make_model(config, chats.load_chat(config.tokenizer.source)).config
+    build._check_kernels(config, sizes, "cpu")
+    with pytest.raises(
+        checks.ConfigError, match=r'kernels\.implementation must be "xla".*64 to 256'
+    ):
+        build._check_kernels(config, sizes, "tpu")
+    config.kernels.implementation = "xla"
+    build._check_kernels(config, sizes, "tpu")

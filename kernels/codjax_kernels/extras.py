@@ -103,13 +103,18 @@ def _add_sums(
         sums = jax.ops.segment_sum(terms(entry[at]), run, CHUNK + 1).at[0].add(open_sum)
         run_row = jnp.full(CHUNK + 1, _NO_ROW).at[0].set(open_row).at[run].set(rows)
         is_closed = jnp.arange(CHUNK + 1) < run[-1]
-        closed = jnp.where(is_closed, run_row, _NO_ROW)
-        total = total.at[closed].add(sums.astype(total.dtype), mode="drop")
+        total = _added(total, jnp.where(is_closed, run_row, _NO_ROW), sums)
         return total, run_row[run[-1]], sums[run[-1]]
 
     nothing = (total, jnp.int32(_NO_ROW), jnp.zeros(total.shape[1], jnp.float32))
     total, row_left, sum_left = jax.lax.fori_loop(0, _num_chunks(num_entries), step, nothing)
-    return total.at[row_left].add(sum_left.astype(total.dtype), mode="drop")
+    return _added(total, row_left[None], sum_left[None])
+
+
+def _added(total: Array, row: Array, sums: Array) -> Array:
+    """`total` with sums added to some rows, each row once."""
+    before = total.at[row].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return total.at[row].set((before + sums).astype(total.dtype), mode="drop")
 
 
 def _num_chunks(num_entries: Array) -> Int[Array, ""]:

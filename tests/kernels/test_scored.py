@@ -10,6 +10,7 @@ import pytest
 from codjax_kernels import (
     Layout,
     extras,
+    ops,
     reference,
     scored_logprobs,
     scored_loss,
@@ -406,7 +407,9 @@ def test_a_target_of_many_sources_is_summed_in_float32():
         gradients(ours, jnp.bfloat16), gradients(naive, jnp.bfloat16), exact, strict=True
     ):
         error, bar = (np.linalg.norm(x - truth) / np.linalg.norm(truth) for x in (got, plain))
-        assert error < 1.5 * bar
+        # Three roundings of one size where automatic differentiation makes one: the derivatives by
+        # the logits, the gradient through all logits, and the sum with that of the second target.
+        assert error < 3**0.5 * bar
 
 
 @pytest.mark.parametrize("num_valid", [40, 45])
@@ -451,9 +454,18 @@ def test_nothing_to_score():
 
 class TestRefused:
     def test_rows_that_are_not_there(self):
+        # By itself: the type checks of tests would be faster.
         hidden, table, source, target, _, _ = problem()
-        with pytest.raises(ValueError, match=r"source, target and is_valid \[B K\]"):
-            scored_logprobs(hidden[:1], table, source=source, target=target)
+        with pytest.raises(ValueError, match=r"source, target and is_valid \[B K\].*\(1, 6, 8\)"):
+            ops._check_entries(
+                "scored_loss",
+                jnp.asarray(hidden[:1]),
+                jnp.asarray(table),
+                source,
+                target,
+                None,
+                1.0,
+            )
 
     def test_operands_of_another_shape(self):
         hidden, table, source, target, _, _ = problem()

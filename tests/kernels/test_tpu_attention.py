@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from codjax_kernels import reference
-from codjax_kernels.tpu import attention, attention_blocks
+from codjax_kernels.tpu import attention, attention_blocks, attention_tiles
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.kernels import forests
@@ -204,3 +204,21 @@ def test_head_sizes_that_it_does_not_take():
         q, k, v, _ = problem(np.random.default_rng(0), (1, 8, 1, 1, head_dim))
         with pytest.raises(ValueError, match=rf"64 to 256 in steps of 8; got {head_dim}.*'xla'"):
             attention.forest_attention(q, k, v, np.full((1, 8), 8), interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "blocks"),
+    # A tile has at most 2,048 rows, queries times heads; 128 queries with 512 keys would be
+    # 131,584 pairs, and the list holds 131,072.
+    [(4, (512, 512)), (7, (256, 512)), (16, (128, 1024))],
+)
+def test_blocks_of_long_rows_by_group(group, blocks):
+    made = attention_tiles.layout(
+        np.full((1, 131_072), 131_072, np.int32),
+        0,
+        num_queries=131_072,
+        group=group,
+        blocks=attention_blocks.Blocks(512, 512),
+        key_major=False,
+    )
+    assert (made.block_q, made.block_k) == blocks

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     scale: Array
 
 
-def tuned_blocks(*tables: Float[Array, "V D"], interpret: Interpret) -> tuned.Tuned:
+def tuned_blocks(*tables: Float[Array, "V _"], interpret: Interpret) -> tuned.Tuned:
     """The blocks of every kernel for the chip at hand and the widest of the tables.
 
     They are tuned on bfloat16, so that a float32 table counts as twice as wide.
