@@ -73,9 +73,9 @@ def make_mesh(
     )
 
 
-def one_device() -> Mesh:
-    """The mesh of the first device alone."""
-    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+def one_device(device: jax.Device | None = None) -> Mesh:
+    """The mesh of one device alone, None for the first."""
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1] if device is None else [device])
 
 
 def mesh_sizes(
@@ -184,6 +184,19 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
 
     return pin
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Host arrays on the mesh; every process holds all and sends its own devices their parts.
+
+    Unlike `jax.device_put`, it does not ask the other processes whether they hold the same.
+    """
+
+    def put_one(array: Any, to: NamedSharding) -> jax.Array:
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, to, lambda index: whole[index])
+
+    return jax.tree.map(put_one, tree, shardings)
 
 
 def place(mesh: Mesh) -> Callable[[np.ndarray, tuple[str, ...]], jax.Array]:
