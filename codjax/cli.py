@@ -187,6 +187,7 @@ def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
         )
     from codjax import evaluate
 
+    _join(options["distributed"])
     evaluate.main(config, options["checkpoint"], options["workdir"])
 
 
@@ -346,7 +347,7 @@ _WORKDIR = Flag(name="workdir", default=None, placeholder="DIR", help="folder of
 _DISTRIBUTED = Flag(
     name="distributed",
     default=False,
-    help="train with the other processes of the TPU pod, GKE or SLURM job (docs/launch.md)",
+    help="be one of the processes of a TPU pod, GKE or SLURM job (docs/launch.md)",
 )
 COMMANDS = {
     "train": Command(
@@ -367,6 +368,7 @@ COMMANDS = {
         run=_eval,
         flags=(
             _WORKDIR,
+            _DISTRIBUTED,
             Flag(
                 name="checkpoint",
                 default="latest",
