@@ -19,6 +19,7 @@ from typing import Any
 import codjax_kernels
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codjax import models, types
@@ -65,12 +66,35 @@ def make_mesh(
     """
     num_devices = jax.device_count() if devices is None else len(devices)
     sizes = mesh_sizes(data, fsdp, tensor, context, num_devices=num_devices)
+    slices = num_slices(jax.devices() if devices is None else devices)
+    if slices > 1:
+        return _mesh_of_slices(sizes, slices, jax.devices() if devices is None else devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,
     )
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices that the devices belong to; 1 for anything but TPUs."""
+    return len({d.slice_index if d.platform == "tpu" else 0 for d in devices})
+
+
+def _mesh_of_slices(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh whose `data` axis goes across slices, the slow way; all others stay inside one."""
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh.data must be a multiple of {slices}, the TPU slices, since only data may go "
+            f"from slice to slice; got {sizes['data']}."
+        )
+    across = {axis: slices if axis == "data" else 1 for axis in sizes}
+    inside = [size // across[axis] for axis, size in sizes.items()]
+    laid_out = mesh_utils.create_hybrid_device_mesh(
+        inside, list(across.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def one_device(device: jax.Device | None = None) -> Mesh:

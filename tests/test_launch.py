@@ -149,10 +149,12 @@ def test_gke():
     assert (first, done.stderr) == ("kubectl apply -f - <<'YAML'", "")
     job = yaml.safe_load(text.removesuffix("YAML\n"))
     assert (job["kind"], job["metadata"]["name"]) == ("JobSet", "cod")
-    assert job["spec"]["failurePolicy"] == {"maxRestarts": 1000}
+    assert job["spec"]["failurePolicy"]["maxRestarts"] == 1000
     (replicated,) = job["spec"]["replicatedJobs"]
     spec = replicated["template"]["spec"]
     assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (2, 16, 16)
+    (final,) = spec["podFailurePolicy"]["rules"]
+    assert (final["action"], final["onExitCodes"]["values"]) == ("FailJob", [2])
     pod = spec["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
