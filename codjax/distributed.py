@@ -306,22 +306,23 @@ def leave(status: int) -> None:
 
     The others may be inside a collective that waits for us: to leave as usual would wait for them
     and they for us. All that failed of the same cause are given a moment to leave together; the
-    others find the connection closed, or our heartbeat missing after `HEARTBEAT_S`.
+    others miss our heartbeat after `HEARTBEAT_S` and are ended, with status 134.
 
     Args:
         status: exit status.
     """
-    if not jax.distributed.is_initialized() or num_processes() == 1:
+    from jax._src import distributed  # its client is nowhere public
+
+    # Not `num_processes`, which would look for devices where joining itself has failed.
+    state: Any = distributed.global_state
+    if state.client is None or state.num_processes == 1:
         return
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        from jax._src import distributed  # its client is nowhere public
-
-        client: Any = distributed.global_state.client
-        client.wait_at_barrier("codjax-leave", timeout_in_ms=1000 * _LEAVE_S)
+        state.client.wait_at_barrier("codjax-leave", timeout_in_ms=1000 * _LEAVE_S)
         # Who loses its coordinator is ended with another status than its own.
-        time.sleep(0.5 if is_main() else 0)
+        time.sleep(0.5 if state.process_id == 0 else 0)
     except Exception:  # whatever it says, we are leaving
         pass
     os._exit(status)
