@@ -180,10 +180,10 @@ def test_a_killed_process_ends_all_and_the_loop_starts_them_again(whole, tmp_pat
     assert log.read_text().count("Resuming") == 2
 
 
-def start_each(*commands):
-    """Two processes, each with its own flags of codjax, which `local.sh` has not."""
+def run_each(*commands):
+    """(status, stderr) of processes that are one run, each with its own flags of codjax."""
     port = free_port()
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-m", "codjax", *command],
             env=os.environ
@@ -191,22 +191,29 @@ def start_each(*commands):
                 "CODJAX_COORDINATOR": f"127.0.0.1:{port}",
                 "CODJAX_NUM_PROCESSES": str(len(commands)),
                 "CODJAX_PROCESS_ID": str(index),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             },
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for index, command in enumerate(commands)
     ]
+    try:
+        errors = [process.communicate(timeout=500)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_that_were_told_different_things_say_so_and_end(tmp_path):
     flags = ("train", f"--config={TINY}", f"--workdir={tmp_path / 'one'}")
-    for process in start_each(flags, (*flags, "--config.seed=1")):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 2, errors
+    for status, errors in run_each(flags, (*flags, "--config.seed=1")):
+        assert status == 2, errors
         assert "the config must be the same on all processes; on process 1 it is not" in errors
     assert not (tmp_path / "one").exists()
 
@@ -216,9 +223,8 @@ def test_processes_that_were_told_different_things_say_so_and_end(tmp_path):
 def test_processes_without_a_common_folder_say_so_and_end(tmp_path):
     flags = ("train", f"--config={TINY}")
     here, there = (f"--workdir={tmp_path / name}" for name in ("here", "there"))
-    for process in start_each((*flags, here), (*flags, there)):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 2, errors
+    for status, errors in run_each((*flags, here), (*flags, there)):
+        assert status == 2, errors
         assert "must be one folder that all processes see" in errors
         assert "process 1 sees another one" in errors
 
@@ -230,9 +236,7 @@ def test_two_processes_evaluate_as_one(whole, tmp_path):
     for name, num in (("one", 1), ("two", 2)):
         workdir = shutil.copytree(whole, tmp_path / name)
         flags = ("eval", f"--config={TINY}", f"--workdir={workdir}", "--checkpoint=0")
-        for process in start_each(*[flags] * num):
-            _, errors = process.communicate(timeout=500)
-            assert process.returncode == 0, errors
+        assert [status for status, _ in run_each(*[flags] * num)] == [0] * num
         reports.append(json.loads((workdir / "eval.json").read_text()))
     assert reports[0] == reports[1]
 
