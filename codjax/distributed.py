@@ -306,7 +306,7 @@ def leave(status: int) -> None:
 
     The others may be inside a collective that waits for us: to leave as usual would wait for them
     and they for us. All that failed of the same cause are given a moment to leave together; the
-    others miss our heartbeat after `HEARTBEAT_S` and are ended, with status 134.
+    others see the closed connection, or miss our heartbeat after `HEARTBEAT_S` and are ended.
 
     Args:
         status: exit status.
