@@ -18,6 +18,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
+class StoppedError(Exception):
+    """A run was asked to stop and did, at a step, with a checkpoint; the same command goes on."""
+
+
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
 

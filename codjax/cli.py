@@ -4,7 +4,8 @@ Reads the flags, validates the config, and calls one function; JAX and the other
 are imported only then, so that a mistake is answered at once.
 
 Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
-and how to mend it; 130 interrupted; 1 anything else, with a traceback.
+and how to mend it; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else,
+with a traceback.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from ml_collections import ConfigDict
 
 import codjax
 from codjax import checks, config_files, validation
-from codjax.checks import ConfigError
+from codjax.checks import ConfigError, StoppedError
 
-SUCCESS, FAILURE, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+SUCCESS, FAILURE, BAD_USAGE, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; None for those of the process.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    status = _status(list(sys.argv[1:] if argv is None else argv))
+    if "codjax.distributed" in sys.modules:
+        from codjax import distributed
+
+        # What all do together ends with all; a failure leaves the others no choice.
+        distributed.finish() if status in (SUCCESS, STOPPED) else distributed.leave(status)
+    return status
+
+
+def _status(args: list[str]) -> int:
+    """Runs one command and says how it ended, to the user and as an exit status."""
     program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
     try:
         _answer(args)
     except ConfigError as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
         return BAD_USAGE
+    except StoppedError as stopped:
+        _write(f"{program}: {stopped}.\n", to=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         train = program == "codjax train"
         resume = "; the same command goes on from the newest checkpoint" if train else ""
@@ -144,8 +158,18 @@ def _train(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
 
     if options["dry-run"]:
         _write(train.dry_run(config).rstrip("\n") + "\n")
-    else:
-        train.main(config, options["workdir"])
+        return
+    _join(options["distributed"])
+    train.main(config, options["workdir"])
+
+
+def _join(autodetect: bool) -> None:
+    """Becomes one of several processes, where there are several; one of them does the talking."""
+    from codjax import distributed
+
+    distributed.initialize(autodetect=autodetect)
+    if not distributed.is_main():
+        logging.getLogger("codjax").setLevel(logging.WARNING)
 
 
 def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
@@ -163,6 +187,7 @@ def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
         )
     from codjax import evaluate
 
+    _join(options["distributed"])
     evaluate.main(config, options["checkpoint"], options["workdir"])
 
 
@@ -320,12 +345,18 @@ _KERNEL_FLAGS = (
     ),
 )
 _WORKDIR = Flag(name="workdir", default=None, placeholder="DIR", help="folder of the run")
+_DISTRIBUTED = Flag(
+    name="distributed",
+    default=False,
+    help="be one of the processes of a TPU pod, GKE or SLURM job (docs/launch.md)",
+)
 COMMANDS = {
     "train": Command(
         summary="Trains by a config file; goes on by itself where the workdir has a checkpoint.",
         run=_train,
         flags=(
             _WORKDIR,
+            _DISTRIBUTED,
             Flag(
                 name="dry-run",
                 default=False,
@@ -338,6 +369,7 @@ COMMANDS = {
         run=_eval,
         flags=(
             _WORKDIR,
+            _DISTRIBUTED,
             Flag(
                 name="checkpoint",
                 default="latest",

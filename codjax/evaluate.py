@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from codjax import (
     build,
     checkpoints,
+    distributed,
     learner,
     metrics,
     models,
@@ -109,7 +110,8 @@ class Evaluator:
             top_k=self.config.evaluation.top_k,
             blanks_hints=blanks_hints or self.config.rollout.blank_hints,
         )
-        all_packs = entry_packs(entry, taskset)
+        all_packs = distributed.share(entry_packs(entry, taskset))
+        overrides = distributed.share(overrides)
         # As many at once as the sampler has slots: each run then finds its own prefix again.
         at_once, trajectories = self.config.engine.num_slots, []
         for begin in range(0, len(all_packs), at_once):
@@ -127,7 +129,7 @@ class Evaluator:
                 )
             )
             trajectories += [trajectory for (trajectory,) in groups]
-        return trajectories
+        return distributed.merge(distributed.gather(trajectories))
 
 
 def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, Any]:
@@ -146,8 +148,10 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
         checkpoints.CheckpointError: there is no such checkpoint.
     """
     validation.validate(config)
-    if pathlib.Path(workdir).exists():  # better to know now than after the evaluation
-        workdirs.prepare(pathlib.Path(workdir))
+    folder = pathlib.Path(workdir)
+    distributed.check_equal(config.to_json_best_effort(sort_keys=True), "the config")
+    if folder.exists():  # better to know now than after the evaluation
+        distributed.on_main(lambda: workdirs.prepare(folder))
     chat = chats.load_chat(config.tokenizer.source)
     model = build.make_model(config, chat)
     mesh = build.make_mesh(config, model)
@@ -156,22 +160,24 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
         config=config,
         chat=chat,
         tasksets=build.load_tasksets(config, list(names)),
-        sampler=build.make_engine(config, model, mesh),
+        sampler=build.make_engine(config, model, distributed.sampling_mesh(mesh)),
     )
     candidates = _candidates(config, model, mesh, checkpoint, workdir)
     runs = {}
     for label, params in candidates.items():
         _logger.info("Evaluating %s.", label)
-        runs[label] = evaluator.run(params)
+        alone = distributed.num_processes() == 1
+        runs[label] = evaluator.run(params if alone else distributed.local_weights(params))
     (label, trajectories), *others = runs.items()
     report: dict[str, Any] = {"checkpoint": label, **_summary(config, chat, trajectories)}
     for base, base_trajectories in others:
         report["base"] = {"checkpoint": base, **_summary(config, chat, base_trajectories)}
     report["ladder"] = _ladders(config)
-    workdirs.prepare(pathlib.Path(workdir))
-    _write(pathlib.Path(workdir), report, runs)
-    show(report)
-    _show_packs(runs)
+    if distributed.is_main():
+        workdirs.prepare(folder)
+        _write(folder, report, runs)
+        show(report)
+        _show_packs(runs)
     return report
 
 

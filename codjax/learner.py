@@ -119,7 +119,8 @@ class Learner:
             donate_argnums=(0,),
             out_shardings=(self.state_shardings, self._replicated),
         )
-        self._score = jax.jit(self._score_fn)
+        # Everywhere, since the host reads it, whichever rows its devices have.
+        self._score = jax.jit(self._score_fn, out_shardings=self._replicated)
         self._zeros = jax.jit(self._zeros_fn, out_shardings=(self.param_shardings, None))
 
     def init_state(self, params: Params) -> TrainState:
@@ -130,7 +131,7 @@ class Learner:
         )
         params = copy(params)
         opt_state = jax.jit(self._init_fn, out_shardings=self.state_shardings.opt_state)(params)
-        return TrainState(params, opt_state, jax.device_put(jnp.int32(0), self._replicated))
+        return TrainState(params, opt_state, sharding.put(np.int32(0), self._replicated))
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, to restore a checkpoint to."""
@@ -195,7 +196,7 @@ class Learner:
             rows = jax.tree.map(
                 lambda x, begin=begin: x[begin : begin + self._rows] if np.ndim(x) else x, batch
             )
-            parts.append(jax.device_put(rows, self._batch_shardings))
+            parts.append(sharding.put(rows, self._batch_shardings))
         return parts
 
     def _state_shardings(self) -> TrainState:

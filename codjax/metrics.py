@@ -136,23 +136,34 @@ class MetricsWriter:
 
     On start, lines of `start_step` and later, and a line torn by a crash, are removed: what a run
     resumes from a checkpoint is written again, and the file ends up as if it had never stopped.
-    One process per workdir may hold one. Use it as a context manager, or call `close`.
+    One process per workdir may write. Use it as a context manager, or call `close`.
 
     Args:
         workdir: folder of the run; made if missing.
         start_step: the first step that will be written.
         tensorboard: whether to write event files too, to `workdir/tensorboard`.
+        writes: False on all processes of a run but the first: they check the numbers, since all
+            must stop at the same one, and write nothing.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], start_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        start_step: int,
+        tensorboard: bool,
+        *,
+        writes: bool = True,
+    ) -> None:
         folder = pathlib.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        _truncate(path, start_step)
         self._last_step = start_step - 1
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / METRICS_FILE
+        self._file: Any = None
         self._events: Any = None
-        if tensorboard:
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            _truncate(self._path, start_step)
+            self._file = self._path.open("a", encoding="utf-8")
+        if writes and tensorboard:
             import tensorboardX
 
             self._events = tensorboardX.SummaryWriter(
@@ -179,13 +190,14 @@ class MetricsWriter:
             if not math.isfinite(value):
                 raise NonFiniteMetricError(
                     f"{key} is {float(value)} at step {step}: the run stops here; look at the "
-                    f"steps before it in {self._file.name}, and at optimizer.learning_rate and "
+                    f"steps before it in {self._path}, and at optimizer.learning_rate and "
                     "optimizer.grad_clip_norm."
                 )
             line[key] = int(value) if isinstance(value, (int, np.integer)) else float(value)
-        self._file.write(json.dumps(line, sort_keys=True) + "\n")
-        self._file.flush()
         self._last_step = step
+        if self._file is not None:
+            self._file.write(json.dumps(line, sort_keys=True) + "\n")
+            self._file.flush()
         if self._events is not None:
             for key in sorted(metrics):
                 self._events.add_scalar(key, float(metrics[key]), global_step=step)
@@ -193,7 +205,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files; nothing may be written afterwards."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -19,6 +19,7 @@ from typing import Any
 import codjax_kernels
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codjax import models, types
@@ -65,6 +66,9 @@ def make_mesh(
     """
     num_devices = jax.device_count() if devices is None else len(devices)
     sizes = mesh_sizes(data, fsdp, tensor, context, num_devices=num_devices)
+    slices = num_slices(jax.devices() if devices is None else devices)
+    if slices > 1:
+        return _mesh_of_slices(sizes, slices, jax.devices() if devices is None else devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -73,9 +77,29 @@ def make_mesh(
     )
 
 
-def one_device() -> Mesh:
-    """The mesh of the first device alone."""
-    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices that the devices belong to; 1 for anything but TPUs."""
+    return len({d.slice_index if d.platform == "tpu" else 0 for d in devices})
+
+
+def _mesh_of_slices(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh whose `data` axis goes across slices, the slow way; all others stay inside one."""
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh.data must be a multiple of {slices}, the TPU slices, since only data may go "
+            f"from slice to slice; got {sizes['data']}."
+        )
+    across = {axis: slices if axis == "data" else 1 for axis in sizes}
+    inside = [size // across[axis] for axis, size in sizes.items()]
+    laid_out = mesh_utils.create_hybrid_device_mesh(
+        inside, list(across.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def one_device(device: jax.Device | None = None) -> Mesh:
+    """The mesh of one device alone, None for the first."""
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1] if device is None else [device])
 
 
 def mesh_sizes(
@@ -184,6 +208,19 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
 
     return pin
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Host arrays on the mesh; every process holds all and sends its own devices their parts.
+
+    Unlike `jax.device_put`, it does not ask the other processes whether they hold the same.
+    """
+
+    def put_one(array: Any, to: NamedSharding) -> jax.Array:
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, to, lambda index: whole[index])
+
+    return jax.tree.map(put_one, tree, shardings)
 
 
 def place(mesh: Mesh) -> Callable[[np.ndarray, tuple[str, ...]], jax.Array]:

@@ -16,13 +16,13 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -30,6 +30,8 @@ from codjax import (
     batching,
     build,
     checkpoints,
+    checks,
+    distributed,
     learner,
     losses,
     metrics,
@@ -60,15 +62,22 @@ def main(config: ConfigDict, workdir: str) -> None:
         config: see `codjax.config.default_config`.
         workdir: of the run; when it holds a checkpoint, the run goes on from there.
 
+    Where several processes train together, each of them calls this, with the same arguments.
+
     Raises:
         validation.ConfigError: the config cannot work, or is not the one the workdir began with.
+        checks.StoppedError: the run was asked to stop; a checkpoint is written.
     """
     validation.validate(config)
     folder = pathlib.Path(workdir)
-    workdirs.prepare(folder)
-    workdirs.check_resumes(folder, config)
+    distributed.check_equal(config.to_json_best_effort(sort_keys=True), "the config")
+    distributed.on_main(lambda: workdirs.prepare(folder))
+    distributed.on_main(lambda: workdirs.check_resumes(folder, config))
+    distributed.check_shared(folder)
+    distributed.check_joined()
     run = _Run.of(config)
-    workdirs.write_config(folder, config)
+    if distributed.is_main():
+        workdirs.write_config(folder, config)
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
     try:
         state, loop = _begin(run, store, folder)
@@ -111,7 +120,7 @@ class _Run:
                 objective=build.make_objective(config),
                 num_steps=config.num_steps,
             ),
-            sampler=build.make_engine(config, model, mesh),
+            sampler=build.make_engine(config, model, distributed.sampling_mesh(mesh)),
             rules=scoring.make_rules(config.credit),
             settings=episodes.settings_from(
                 config.rollout, keep_env_memory=config.packs.keep_env_memory
@@ -121,6 +130,9 @@ class _Run:
 
 class _Rollouts:
     """The rollouts of a run, one step after the other; owns a thread when they run ahead.
+
+    Every process samples its share of the packs, and then all hold the trajectories of all: credit,
+    RED and rows are of the whole step, whatever the number of processes.
 
     With `rollout.steps_ahead` 0, `take` samples with the weights loaded last. With 1, the rollout
     of the next step is begun before the learner updates on this one and samples meanwhile, with
@@ -134,14 +146,9 @@ class _Rollouts:
 
     def take(self, step: int) -> Groups:
         """The trajectories of the step, sampled now unless they were begun before."""
-        if self._waiting is not None:
-            groups, self._waiting = self._waiting, None
-            return groups
-        if self._ahead is not None:
-            groups = self._ahead.result()
-            self._ahead = None
-            return groups
-        return sample_step(self._run, step)
+        waiting = self.waiting()
+        self._waiting = None
+        return _of_all(sample_step(self._run, step)) if waiting is None else waiting
 
     def begin(self, step: int) -> None:
         """Start sampling the trajectories of the step in the background."""
@@ -149,7 +156,9 @@ class _Rollouts:
 
     def waiting(self) -> Groups | None:
         """Trajectories sampled ahead, once they are complete; they belong in a checkpoint."""
-        return None if self._ahead is None else self._ahead.result()
+        if self._ahead is not None:
+            self._waiting, self._ahead = _of_all(self._ahead.result()), None
+        return self._waiting
 
     def close(self) -> None:
         """Wait for what is being sampled and end the thread."""
@@ -187,7 +196,7 @@ def _warm_up(run: _Run, folder: pathlib.Path) -> learner.Params:
         tasksets=list(run.tasksets.values()),
     )
     with (
-        (folder / "warmup.jsonl").open("w") as file,
+        open(folder / "warmup.jsonl" if distributed.is_main() else os.devnull, "w") as file,
         progress.Progress("warm-up", total=num_steps, every=100) as bar,
     ):
         for step, (state, step_metrics) in enumerate(steps, start=1):
@@ -218,11 +227,17 @@ def _loop(
         packs_per_step=config.metrics.packs_per_step,
         decode=run.chat.show,
     )
-    run.sampler.load_weights(_copy(state.params), policy_version=int(state.step))
+    is_main = distributed.is_main()
+    run.sampler.load_weights(
+        distributed.local_weights(state.params), policy_version=int(state.step)
+    )
     try:
         with (
-            metrics.MetricsWriter(folder, start + 1, config.metrics.tensorboard) as writer,
+            metrics.MetricsWriter(
+                folder, start + 1, config.metrics.tensorboard, writes=is_main
+            ) as writer,
             progress.Progress("train", total=config.num_steps, start=start) as bar,
+            distributed.StopRequest() as stop,
         ):
             for step in range(start, config.num_steps):
                 clock = _Clock()
@@ -230,26 +245,34 @@ def _loop(
                 groups = rollouts.take(step)
                 clock.lap("rollout_s")
                 if config.rollout.steps_ahead:  # at the last step too: the run may be extended
-                    run.sampler.load_weights(_copy(state.params), policy_version=version)
+                    weights = distributed.local_weights(state.params)
+                    run.sampler.load_weights(weights, policy_version=version)
                     rollouts.begin(step + 1)
                 state, scored, numbers = _train_on(run, state, groups, reference, clock)
-                if not numbers["batching/trained_tokens"]:
+                if is_main and not numbers["batching/trained_tokens"]:
                     _logger.warning(
                         "Step %d has nothing to train on: no run was kept, or none was sampled.",
                         step + 1,
                     )
                 if not config.rollout.steps_ahead:
-                    run.sampler.load_weights(_copy(state.params), policy_version=int(state.step))
+                    weights = distributed.local_weights(state.params)
+                    run.sampler.load_weights(weights, policy_version=int(state.step))
                 numbers |= metrics.rollout_metrics(groups, policy_version=version)
                 numbers["rollout/dropped_tasks"] = draw_packs(config, run.tasksets, step)[1]
                 numbers |= clock.metrics(numbers)
                 writer.write(step + 1, numbers)
-                if (step + 1) % config.metrics.packs_every_steps == 0:
+                if is_main and (step + 1) % config.metrics.packs_every_steps == 0:
                     trajectories.write(step + 1, groups, scored)
                 bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
-                if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == config.num_steps:
+                is_last, is_stopping = step + 1 == config.num_steps, stop.is_asked()
+                if (step + 1) % config.checkpoint.every_steps == 0 or is_last or is_stopping:
                     ahead = serialization.to_json(rollouts.waiting())
                     store.save(step + 1, state, {"step": step + 1, "waiting": ahead})
+                if is_stopping and not is_last:
+                    raise checks.StoppedError(
+                        f"stopped after step {step + 1}, as asked, with a checkpoint; the same "
+                        "command goes on from there"
+                    )
     finally:
         rollouts.close()
 
@@ -279,12 +302,15 @@ def draw_packs(
 
 
 def sample_step(run: _Run, step: int) -> Groups:
-    """The trajectories of a step, group by group: a function of the step and the weights."""
+    """This process's trajectories of a step, group by group.
+
+    With all processes', a function of the step and the weights.
+    """
     config = run.config
     step_packs, _ = draw_packs(config, run.tasksets, step)
     return asyncio.run(
         runner.run_packs(
-            step_packs,
+            distributed.share(step_packs),
             group_size=config.rollout.group_size,
             tasksets={name: taskset.rules() for name, taskset in run.tasksets.items()},
             sampler=run.sampler,
@@ -394,9 +420,9 @@ def _reference(run: _Run, store: checkpoints.Checkpoints) -> learner.Params | No
     return store.restore_params(0, build.abstract_params(run.model, run.mesh))
 
 
-def _copy(params: learner.Params) -> learner.Params:
-    """Parameters of their own for the sampler: the next update gives the state's buffers away."""
-    return jax.tree.map(jnp.copy, params)
+def _of_all(groups: Groups) -> Groups:
+    """The groups of all processes, in the order of the step's packs."""
+    return distributed.merge(distributed.gather(groups))
 
 
 class _Clock:

@@ -11,9 +11,9 @@ config="configs/quickstart.py"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 echo "== training: a warm-up by imitation, then reinforcement learning over packs"
-$VENV/bin/codjax train --config="$config" --workdir="$workdir"
+"$VENV/bin/codjax" train --config="$config" --workdir="$workdir"
 echo "== evaluating: the trained agent, its warm-up, and two controls, on held-out packs"
-$VENV/bin/codjax eval --config="$config" --workdir="$workdir"
+"$VENV/bin/codjax" eval --config="$config" --workdir="$workdir"
 echo
 echo "plot:  $workdir/reward_by_position.png"
 echo "table: $workdir/eval.json"

@@ -32,6 +32,7 @@ FLOORS = {
     "codjax.losses": 1,
     "codjax.models": 2,
     "codjax.sharding": 2,
+    "codjax.distributed": 2,
     "codjax.optim": 2,
     "codjax.learner": 2,
     "codjax.checkpoints": 2,

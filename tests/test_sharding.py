@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codjax_kernels import forest_attention
+from codjax_kernels import forest_attention, topologies
 from flax import nnx
+from jax.experimental import topologies as jax_topologies
 from jax.sharding import PartitionSpec
 
 from codjax import logprobs, models, sharding, types
@@ -164,3 +165,28 @@ def test_axis_that_does_not_divide_names_axis_size_and_key():
 def test_every_logical_axis_has_a_rule():
     axes = jax.tree.leaves(models.logical_axes(abstract(CONFIG)))
     assert set(axes) <= set(sharding.RULES)
+
+
+# Several slices.
+
+
+@pytest.fixture(scope="module")
+def two_slices():
+    """The devices of two slices of 4x4 chips, as the TPU compiler knows them."""
+    pytest.importorskip("libtpu")
+    with topologies._environment(topologies._WITHOUT_DEVICES):
+        found = jax_topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2)
+    return list(found.devices)
+
+
+def test_only_rows_are_cut_from_slice_to_slice(two_slices):
+    mesh = sharding.make_mesh(data=4, fsdp=-1, tensor=2, devices=two_slices)
+    assert dict(mesh.shape) | {"data": 4, "fsdp": 4, "tensor": 2} == dict(mesh.shape)
+    slice_of = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    for index, data in enumerate(slice_of):  # data 0 and 1 in one slice, 2 and 3 in the other
+        assert set(data.ravel().tolist()) == {index // 2}
+
+
+def test_an_axis_that_must_leave_its_slice_is_an_error(two_slices):
+    with pytest.raises(ValueError, match=r"mesh\.data must be a multiple of 2, the TPU slices"):
+        sharding.make_mesh(data=1, fsdp=32, tensor=1, devices=two_slices)

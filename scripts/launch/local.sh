@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Trains with several processes on this machine's CPU, over loopback: the rehearsal of a launch.
+#
+#     bash scripts/launch/local.sh -n 2 --config=configs/quickstart.py --workdir=runs/two
+#
+# All flags but these go to codjax train. Ends with the first status other than 0 of a process.
+# SIGTERM goes to all processes; they stop at the same step, with a checkpoint, and status 143.
+#
+#   -n N           processes (default: 2)
+#   --devices=D    virtual devices of each (default: 1)
+#   --port=P       of the coordinator, process 0 (default: 8476)
+#   --print        print the commands and touch nothing
+#
+# PYTHON=… names the Python that codjax is installed in (default: .venv/bin/python).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+num=2 devices=1 port=8476 flags=()
+while (($#)); do
+  case "$1" in
+    -n)
+      num="${2:-}"
+      shift
+      ;;
+    --devices=*) devices="${1#*=}" ;;
+    --port=*) port="${1#*=}" ;;
+    --print) PRINT=true ;;
+    -h | --help) help && exit ;;
+    *) flags+=("$1") ;;
+  esac
+  (($#)) && shift
+done
+number -n "$num"
+number --devices "$devices"
+number --port "$port"
+
+python="${PYTHON:-.venv/bin/python}"
+pids=()
+trap '((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+for ((index = 0; index < num; index++)); do
+  command=(
+    env JAX_PLATFORMS=cpu "XLA_FLAGS=--xla_force_host_platform_device_count=$devices"
+    "CODJAX_COORDINATOR=127.0.0.1:$port" "CODJAX_NUM_PROCESSES=$num" "CODJAX_PROCESS_ID=$index"
+    "$python" -m codjax train "${flags[@]}"
+  )
+  if $PRINT; then
+    run "${command[@]}"
+  else
+    "${command[@]}" > >(sed -u "s/^/[$index] /") 2>&1 &
+    pids+=($!)
+  fi
+done
+status=0
+for pid in "${pids[@]}"; do
+  one=0
+  status_of "$pid" || one=$?
+  ((status)) || status=$one
+done
+exit "$status"
