@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_QWEN3: Mapping[str, Any] = {
+_QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
     "num_kv_heads": 8,
     "head_dim": 128,

@@ -1,7 +1,8 @@
 """CoD training of Qwen3-8B on FrozenLake-Obscure: the published run (arXiv:2606.20002).
 
-Packs of 4 tasks, 8 packs a step, 8 runs of each, one epoch of 50,000 tasks; AdamW at 1e-6, one-sided
-clip, adaptive re-weighting (RED), no KL. Evaluated on packs of 8 harder boards (6 x 6 and 7 x 7).
+Packs of 4 tasks, 8 packs a step, 8 runs of each, one epoch of 50,000 tasks; AdamW at 1e-6,
+one-sided clip, adaptive re-weighting (RED), no KL. Evaluated on packs of 8 harder boards (6 x 6 and
+7 x 7).
 The published run had 24 GPUs, up to 20 steps of staleness and a sync of weights every 4 steps; here
 rollouts run one step ahead and get new weights every step. Its evaluation allowed prompts of 30,000
 tokens, here they end where those of training do.

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from codjax_kernels import cycles, topologies
 
-from codjax import shapes, sharding
+from codjax import sharding
 from codjax.bench import kernel_programs as programs
 from codjax.bench import train_step
 from codjax.bench.material import Row
@@ -280,7 +280,7 @@ def compiled_step(chip: str) -> Row:
     row = train_step.compile_step(
         slice_,
         axes=dict(zip(sharding.MESH_AXES, axes, strict=True)),
-        sizes=shapes.QWEN3_8B,
+        sizes=train_step.QWEN3_8B,
         row_length=row_length,
         scored_per_row=row_length // 2,
     )

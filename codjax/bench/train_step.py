@@ -22,6 +22,9 @@ from flax import nnx
 
 from codjax import learner, losses, models, sharding
 from codjax.bench.material import Row
+from codjax.shapes import QWEN3_8B
+
+__all__ = ["QWEN3_8B", "compile_step"]
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _GIB = 2**30

@@ -7,6 +7,7 @@ state alone is too large is passed over without compiling it.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -169,9 +170,8 @@ def _proposals(config: ConfigDict, mesh: Mesh) -> Iterator[Changes]:
 
 
 def _with(config: ConfigDict, changes: Changes) -> ConfigDict:
-    changed = ConfigDict(config)
-    with changed.unlocked():
-        for key, value in changes.items():
-            section, name = key.rsplit(".", 1)
-            changed[section][name] = value
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        section, name = key.rsplit(".", 1)
+        changed[section][name] = value
     return changed

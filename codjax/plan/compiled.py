@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import re
+import tempfile
 import time
 from collections import defaultdict
 from typing import Any
@@ -34,7 +36,7 @@ def compile_program(
     begin = time.perf_counter()
     lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     try:
-        made = lowered.compile()
+        made, text = _compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -47,7 +49,6 @@ def compile_program(
             "collectives": [],
         }
     seconds = time.perf_counter() - begin
-    text = made.as_text() or ""
     program = hlo.parse(text)
     analysis = made.cost_analysis() or {}
     return {
@@ -64,6 +65,19 @@ def compile_program(
             hlo.collectives(program, unknown_trips=unknown_trips), dict(mesh.shape)
         ),
     }
+
+
+def _compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The program and its text, as the compiler writes it to a file.
+
+    `Compiled.as_text` rebuilds the text from the executable, and cannot for v5p: it refuses
+    transfers that go on beside other work in several pieces.
+    """
+    with tempfile.TemporaryDirectory(prefix="codjax-plan-") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        made = lowered.compile(compiler_options=options)
+        (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return made, path.read_text(encoding="utf-8")
 
 
 def by_kind_and_axes(

@@ -32,6 +32,7 @@ _FREE = {
     "while",
     "conditional",
     "call",
+    "async-update",
     "after-all",
     "partition-id",
     "replica-id",
@@ -77,24 +78,21 @@ class Collective(NamedTuple):
     name: str
 
     @property
-    def received_bytes(self) -> float:
+    def received_bytes(self) -> int:
         """That each device must at least receive in one run, on any network.
 
         A sum of all takes twice what one part takes: every device needs the others' shares of its
         part, and then the other parts.
         """
         size = self.groups.shape[1] if self.groups.size else 2
-        share = (size - 1) / size
-        return (
-            self.operand_bytes
-            * {
-                "all-gather": size - 1,
-                "all-reduce": 2 * share,
-                "reduce-scatter": share,
-                "all-to-all": share,
-                "collective-permute": 1,
-            }[self.kind]
-        )
+        share = self.operand_bytes * (size - 1) // size
+        return {
+            "all-gather": self.operand_bytes * (size - 1),
+            "all-reduce": 2 * share,
+            "reduce-scatter": share,
+            "all-to-all": share,
+            "collective-permute": self.operand_bytes,
+        }[self.kind]
 
 
 def parse(text: str) -> Program:
@@ -278,7 +276,7 @@ def _groups(line: str) -> np.ndarray:
     ]
     if "source_target_pairs" in line:
         groups = [pair for pair in groups if pair[0] != pair[1]]
-    return np.array(groups, int).reshape(len(groups), -1)
+    return np.array(groups, int) if groups else np.zeros((0, 0), int)
 
 
 def _integers(text: str) -> list[int]:
