@@ -193,8 +193,8 @@ def two_devices():
 def test_traced_from_shapes_is_what_an_update_runs():
     made = make_learner(rows=2)
     state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
-    batch = batching.build_batch(family(1), 32, 2, scored_per_row=32)
-    traced = made.trace(row_length=32, scored_per_row=32)
+    batch = batching.build_batch(family(1), 64, 2, scored_per_row=64)
+    traced = made.trace(row_length=64, scored_per_row=64)
     grads, sums = made._zeros(state.params)
     grads, sums = (
         traced["accumulate"]

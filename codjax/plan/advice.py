@@ -34,6 +34,11 @@ def _fewer_rows(config: ConfigDict, mesh: Mesh) -> Changes:
     return {"batching.rows_per_microbatch": max(least, rows // 2 // least * least)}
 
 
+def _fewest_rows(config: ConfigDict, mesh: Mesh) -> Changes:
+    rows, least = config.batching.rows_per_microbatch, mesh["data"] * mesh["fsdp"]
+    return {"batching.rows_per_microbatch": least} if rows > least else {}
+
+
 def _fewer_scored(config: ConfigDict, mesh: Mesh) -> Changes:
     scored = config.batching.scored_per_row or config.batching.row_length
     least = config.rollout.max_response_tokens
@@ -76,6 +81,7 @@ def _momentum(config: ConfigDict, mesh: Mesh) -> Changes:
 STEPS: tuple[Callable[[ConfigDict, Mesh], Changes], ...] = (
     _remat,
     _fewer_rows,
+    _fewest_rows,
     _fewer_scored,
     _cut_parameters,
     _trade_rows_for("tensor"),
@@ -150,7 +156,8 @@ def _proposals(config: ConfigDict, mesh: Mesh) -> Iterator[Changes]:
     start = _with(config, {f"mesh.{axis}": size for axis, size in mesh.items()})
     seen = []
     for step in STEPS:
-        if changes := step(start, mesh):
+        changes = step(start, mesh)
+        if changes and changes not in seen:
             seen.append(changes)
             yield changes
     total: Changes = {}

@@ -74,7 +74,7 @@ def _compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled
     transfers that go on beside other work in several pieces.
     """
     with tempfile.TemporaryDirectory(prefix="codjax-plan-") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         made = lowered.compile(compiler_options=options)
         (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
         return made, path.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     batch, model = plan["batch"], plan["model"]
     lines = [
         f"{plan['topology']}: {plan['num_devices']} devices, {mesh or 'no axis cut'}",
-        f"{model['num_parameters'] / 1e9:.2f}e9 parameters in {model['num_layers']} layers; a "
+        f"{model['num_parameters'] / 1e6:,.1f} M parameters in {model['num_layers']} layers; a "
         f"micro-batch has {batch['rows']} rows of {batch['row_length']:,} tokens, "
         f"{batch['scored_per_row']:,} of them scored",
         "",
