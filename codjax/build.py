@@ -91,7 +91,8 @@ def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
     if config.model.source == "init":
         sizes = config.model.to_dict()
         del sizes["source"]
-        shape = models.DecoderConfig(vocab_size=chat.vocab_size, **sizes)
+        sizes["vocab_size"] = sizes["vocab_size"] or chat.vocab_size
+        shape = models.DecoderConfig(**sizes)
     else:
         shape = models.read_config(
             _folder(config),
@@ -99,13 +100,13 @@ def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
             param_dtype=config.model.param_dtype,
             remat=config.model.remat,
         )
-        checks.require(
-            chat.vocab_size <= shape.vocab_size,
-            "tokenizer.source",
-            f"have at most {shape.vocab_size} tokens",
-            "model.source has no embeddings for more",
-            chat.vocab_size,
-        )
+    checks.require(
+        chat.vocab_size <= shape.vocab_size,
+        "tokenizer.source",
+        f"have at most {shape.vocab_size} tokens",
+        "the model has no embeddings for more",
+        chat.vocab_size,
+    )
     return nnx.eval_shape(lambda: models.init(shape, seed=0))
 
 
@@ -150,6 +151,20 @@ def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
     """
     try:
         mesh = sharding.make_mesh(**config.mesh.to_dict())
+    except ValueError as error:
+        raise checks.ConfigError(f"mesh: {error}") from error
+    check_mesh(config, model, mesh)
+    return mesh
+
+
+def check_mesh(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh) -> None:
+    """Raise unless everything that the mesh cuts divides.
+
+    Raises:
+        ConfigError: the rows or the sizes of the model do not divide, or the kernels that the
+            config names do not run on the mesh's devices.
+    """
+    try:
         sharding.check_divisible(model.config.axis_sizes, mesh.shape)
     except ValueError as error:
         raise checks.ConfigError(f"mesh: {error}") from error
@@ -169,7 +184,6 @@ def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
         config.batching.row_length,
     )
     _check_kernels(config, model.config, mesh.devices.flat[0].platform)
-    return mesh
 
 
 def _check_kernels(config: ConfigDict, sizes: models.DecoderConfig, platform: str) -> None:

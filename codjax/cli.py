@@ -46,7 +46,8 @@ class Command:
 
     Attributes:
         summary: one line on what it does.
-        run: config (None if it takes none), flags by name, positional arguments -> nothing.
+        run: config (None if it takes none), flags by name, positional arguments -> exit status,
+            None for success.
         flags: its flags beside `--config`.
         takes_config: whether it reads a config file.
         positional: name of its one optional positional argument, if it has one.
@@ -54,7 +55,7 @@ class Command:
     """
 
     summary: str
-    run: Callable[[Any, dict[str, Any], list[str]], None]
+    run: Callable[[Any, dict[str, Any], list[str]], int | None]
     flags: tuple[Flag, ...]
     takes_config: bool = True
     positional: str = ""
@@ -80,7 +81,7 @@ def _status(args: list[str]) -> int:
     """Runs one command and says how it ended, to the user and as an exit status."""
     program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
     try:
-        _answer(args)
+        return _answer(args)
     except ConfigError as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
         return BAD_USAGE
@@ -100,8 +101,8 @@ def _status(args: list[str]) -> int:
     return SUCCESS
 
 
-def _answer(args: list[str]) -> None:
-    """Helps, or runs the command that is named first."""
+def _answer(args: list[str]) -> int:
+    """Helps, or runs the command that is named first; the exit status."""
     name = args[0] if args else ""
     if name in ("-h", "--help", "help"):
         _write(_help())
@@ -116,11 +117,12 @@ def _answer(args: list[str]) -> None:
     elif any(arg in ("-h", "--help") for arg in args[1:]):
         _write(_command_help(name, COMMANDS[name]))
     else:
-        _run(COMMANDS[name], args[1:])
+        return _run(COMMANDS[name], args[1:])
+    return SUCCESS
 
 
-def _run(command: Command, args: list[str]) -> None:
-    """Reads the arguments, validates the config, does the work."""
+def _run(command: Command, args: list[str]) -> int:
+    """Reads the arguments, validates the config, does the work; the exit status."""
     values = flags.FlagValues()
     for flag in command.flags:
         if isinstance(flag.default, bool):
@@ -139,7 +141,8 @@ def _run(command: Command, args: list[str]) -> None:
     if config is not None:
         validation.validate(config)
     _set_up_logging()
-    command.run(config, {flag.name: values[flag.name].value for flag in command.flags}, positional)
+    options = {flag.name: values[flag.name].value for flag in command.flags}
+    return command.run(config, options, positional) or SUCCESS
 
 
 def _set_up_logging() -> None:
@@ -189,6 +192,18 @@ def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
 
     _join(options["distributed"])
     evaluate.main(config, options["checkpoint"], options["workdir"])
+
+
+def _plan(config: ConfigDict, options: dict[str, Any], _: list[str]) -> int:
+    if not options["topology"]:
+        raise ConfigError(
+            "--topology=NAME must be given: the TPU slice to plan for, as v5e:16x16 or v5p:4x4x4."
+        )
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the devices of this machine
+    from codjax import plan
+
+    fits = plan.main(config, options["topology"], options["output"])
+    return SUCCESS if fits else FAILURE
 
 
 def _data(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
@@ -377,6 +392,25 @@ COMMANDS = {
                 help="latest, base (before training), a step, or a folder",
             ),
         ),
+    ),
+    "plan": Command(
+        summary="Compiles the train step for a TPU slice without one: memory, time floor, advice.",
+        run=_plan,
+        flags=(
+            Flag(
+                name="topology",
+                default=None,
+                placeholder="NAME",
+                help="the slice, as v5e:16x16, v5p:4x4x4 or v6e:16x16",
+            ),
+            Flag(
+                name="output",
+                default=None,
+                placeholder="FILE.json",
+                help="also write the plan there (docs/file_formats.md)",
+            ),
+        ),
+        epilogue="Exit status: 0 if the config fits, 1 if not. Needs libtpu, and no TPU.",
     ),
     "data": Command(
         summary="Prints tasks of a task set as an agent first sees them, or writes JSON lines.",

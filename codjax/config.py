@@ -164,6 +164,7 @@ def _model() -> ConfigDict:
             # "init" (random weights of the sizes below) or a Hugging Face folder, whose own
             # config.json then gives the sizes.
             "source": "init",
+            "vocab_size": config_dict.placeholder(int),  # V; unset: the tokenizer's
             "num_layers": 2,
             "hidden_size": 64,  # D
             "intermediate_size": 256,
@@ -280,6 +281,9 @@ def _optimizer(*, learning_rate: float) -> ConfigDict:
             "eps": 1e-8,
             "weight_decay": 0.01,
             "grad_clip_norm": 1.0,
+            # of the first moment; "bfloat16" saves 2 bytes a parameter. The second moment changes
+            # by 1 - b2 of itself, less than a step of bfloat16, and stays in float32.
+            "momentum_dtype": "float32",
         }
     )
 

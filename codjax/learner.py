@@ -102,6 +102,7 @@ class Learner:
         self._shapes = jax.eval_shape(lambda: nnx.to_pure_dict(variables))
         self._optimizer, self._schedule, self._objective = optimizer, schedule, objective
         self._rows = rows_per_microbatch
+        self._mesh = mesh
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._batch_shardings = sharding.batch_shardings(mesh)
         self._constrain = sharding.constrain(mesh)
@@ -111,6 +112,7 @@ class Learner:
         self._attend = functools.partial(
             codjax_kernels.forest_attention, implementation=kernel, layout=layout
         )
+        self._lookup = functools.partial(codjax_kernels.embedding_lookup, layout=layout)
         self.param_shardings = sharding.param_shardings(model, mesh)
         self.state_shardings = self._state_shardings()
         self._accumulate = jax.jit(self._accumulate_fn, donate_argnums=(1,))
@@ -140,11 +142,54 @@ class Learner:
             jax.eval_shape(self._init_fn, self._shapes),
             jax.ShapeDtypeStruct((), jnp.int32),
         )
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            shapes,
-            self.state_shardings,
+        return _placed(shapes, self.state_shardings)
+
+    def abstract_batch(self, *, row_length: int, scored_per_row: int) -> types.TokenBatch:
+        """Shapes and shardings of a micro-batch.
+
+        Args:
+            row_length: T.
+            scored_per_row: K.
+        """
+        tokens = jax.ShapeDtypeStruct((self._rows, row_length), jnp.int32)
+        ids = jax.ShapeDtypeStruct((self._rows, scored_per_row), jnp.int32)
+        values = jax.ShapeDtypeStruct((self._rows, scored_per_row), jnp.float32)
+        shapes = types.TokenBatch(
+            tokens=tokens,
+            token_positions=tokens,
+            subtree_end=tokens,
+            source=ids,
+            target=ids,
+            sampler_logprobs=values,
+            ref_logprobs=values,
+            advantages=values,
+            weights=values,
+            sample_ids=ids,
+            normaliser=jax.ShapeDtypeStruct((), jnp.float32),
+            num_scored=jax.ShapeDtypeStruct((), jnp.int32),
         )
+        return _placed(shapes, self._batch_shardings)
+
+    def trace(self, *, row_length: int, scored_per_row: int) -> dict[str, jax.stages.Traced]:
+        """The programs of an update, traced from shapes: "accumulate" and "apply".
+
+        They lower and compile as `update` would have them, for devices that need not be there.
+
+        Args:
+            row_length: T.
+            scored_per_row: K.
+        """
+        state = self.abstract_state()
+        grads, sums = jax.eval_shape(self._zeros_fn, state.params)
+        grads = _placed(grads, self.param_shardings)
+        sums = _placed(sums, jax.tree.map(lambda _: self._replicated, sums))
+        batch = self.abstract_batch(row_length=row_length, scored_per_row=scored_per_row)
+        # Pallas kernels ask for the chip while they are traced.
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            return {
+                "accumulate": self._accumulate.trace(state.params, grads, sums, batch),
+                "apply": self._apply.trace(state, grads, sums),
+            }
 
     def update(
         self, state: TrainState, batch: types.TokenBatch
@@ -223,6 +268,7 @@ class Learner:
             batch.subtree_end,
             constrain=self._constrain,
             attend=self._attend,
+            lookup=self._lookup,
         )
         return hidden, model.unembedding
 
@@ -298,6 +344,12 @@ class Learner:
         )[1]
         grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
         return grads, {name: jnp.float32(0) for name in names}
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def objective_terms(

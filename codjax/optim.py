@@ -44,5 +44,6 @@ def make_optimizer(config: ConfigDict, *, num_steps: int) -> optax.GradientTrans
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mu_dtype=config.momentum_dtype,
         ),
     )

@@ -47,7 +47,9 @@ NAMES = {
     "loss.regulariser": ("none", "squared_log_ratio", "forward_kl"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
+    "optimizer.momentum_dtype": ("float32", "bfloat16"),
     "warmup.optimizer.schedule": ("constant", "cosine", "linear"),
+    "warmup.optimizer.momentum_dtype": ("float32", "bfloat16"),
 }
 BUILTIN_TOKENIZERS = ("builtin:bytes", "builtin:symbols")
 SPLITS = ("train", "test")
@@ -137,6 +139,8 @@ def _check_model(model: ConfigDict) -> None:
         return
     for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
         checks.at_least(model, f"model.{name}", 1, "it is a size")
+    if model.vocab_size is not None:
+        checks.at_least(model, "model.vocab_size", 1, "it is a size")
     for name in ("rope_theta", "norm_eps", "init_std", "embedding_std"):
         checks.positive(model, f"model.{name}")
     checks.require(

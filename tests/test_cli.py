@@ -45,7 +45,10 @@ def calls(monkeypatch):
     bench = types.ModuleType("codjax.bench")
     bench.BENCHES = {"learner": None}
     bench.main = lambda name, output: made.append(("bench", name, output))
-    for name, module in {"train": train, "evaluate": evaluate, "bench": bench}.items():
+    plan = types.ModuleType("codjax.plan")
+    plan.main = lambda config, topology, output: made.append(("plan", topology)) or "16" in topology
+    stand_ins = {"train": train, "evaluate": evaluate, "bench": bench, "plan": plan}
+    for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, f"codjax.{name}", module)
         monkeypatch.setattr(codjax, name, module, raising=False)
     return made
@@ -108,7 +111,7 @@ def test_eval_and_bench_call_their_functions(config_file, calls):
 
 
 WRONG = [
-    ([], "codjax: no command was given; the commands are train, eval, data, bench, and"),
+    ([], "codjax: no command was given; the commands are train, eval, plan, data, bench, and"),
     (["trian"], "codjax: there is no command trian (did you mean train?); the commands are"),
     (["train"], "codjax train: --config=FILE.py must be given, for example --config=configs/"),
     (["train", "--config"], "codjax train: --config=FILE.py must be given, "),
@@ -139,6 +142,7 @@ WRONG = [
         "codjax train: rollout.group_size must be at least 2: the baseline is a mean over the "
         "group; got 1.",
     ),
+    (["plan", "GOOD"], "codjax plan: --topology=NAME must be given: the TPU slice to plan for, as"),
     (["data", "GOOD"], "codjax data: --taskset=NAME must be given: one of lake."),
     (["data", "GOOD", "--taskset=lak"], "got 'lak' (did you mean lake?)."),
     (["data", "GOOD", "--taskset=lake", "--num=0"], "--num must be at least 1: it counts tasks; "),
@@ -199,6 +203,12 @@ def test_an_argument_of_get_config_follows_a_colon(tmp_path, calls):
 def test_a_workdir_that_is_a_file_is_refused(config_file, calls, capsys):
     assert cli.main(["train", f"--config={config_file}", f"--workdir={config_file}"]) == 2
     assert "must be a folder; it is a file." in one_line_of(capsys)
+
+
+def test_the_status_of_a_plan_says_whether_it_fits(config_file, calls):
+    assert cli.main(["plan", f"--config={config_file}", "--topology=v5e:16x16"]) == 0
+    assert cli.main(["plan", f"--config={config_file}", "--topology=v5e:1x1"]) == 1
+    assert calls == [("plan", "v5e:16x16"), ("plan", "v5e:1x1")]
 
 
 def test_an_empty_matrix_is_refused_by_eval_only(config_file, calls, capsys):

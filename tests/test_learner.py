@@ -174,6 +174,41 @@ def test_the_second_update_compiles_nothing():
     assert int(state.step) == 4
 
 
+def test_an_update_moves_to_the_devices_only_what_it_says():
+    """Rows are put there by name; nothing else of an update comes from the host."""
+    made = make_learner(rows=2, mesh=sharding.make_mesh(data=2, fsdp=1, tensor=1, **two_devices()))
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
+    batch = batching.build_batch(family(1), 32, 4, scored_per_row=32)
+    state, _ = made.update(state, batch)
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            made._accumulate(state.params, *made._zeros(state.params), batch)
+        made.update(state, batch)
+
+
+def two_devices():
+    return {"devices": jax.devices()[:2]}
+
+
+def test_traced_from_shapes_is_what_an_update_runs():
+    made = make_learner(rows=2)
+    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
+    batch = batching.build_batch(family(1), 64, 2, scored_per_row=64)
+    traced = made.trace(row_length=64, scored_per_row=64)
+    grads, sums = made._zeros(state.params)
+    grads, sums = (
+        traced["accumulate"]
+        .lower()
+        .compile()(state.params, grads, sums, jax.device_put(batch, made._batch_shardings))
+    )
+    planned, _ = (
+        traced["apply"].lower().compile()(jax.tree.map(lambda x: x + 0, state), grads, sums)
+    )
+    run, _ = made.update(state, batch)
+    for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(run), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
 def test_zero_advantage_without_decay_moves_no_weight():
     made = make_learner(rows=4, optimizer=optax.adamw(1e-2, weight_decay=0.0))
     state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))

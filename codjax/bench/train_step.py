@@ -16,32 +16,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from codjax_kernels import topologies
 from flax import nnx
 
-from codjax import learner, losses, models, sharding, types
+from codjax import learner, losses, models, sharding
 from codjax.bench.material import Row
+from codjax.shapes import QWEN3_8B
 
-_WHOLE_ROW_FIELDS = {"tokens", "token_positions", "subtree_end"}
-_NUMBERS = {"normaliser", "num_scored"}
-_FLOATS = {"sampler_logprobs", "ref_logprobs", "advantages", "weights", "normaliser"}
+__all__ = ["QWEN3_8B", "compile_step"]
+
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _GIB = 2**30
-
-QWEN3_8B: Mapping[str, Any] = {
-    "vocab_size": 151936,
-    "num_layers": 36,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "rope_theta": 1e6,
-    "norm_eps": 1e-6,
-    "tie_embeddings": False,
-}
 
 
 def compile_step(
@@ -69,24 +55,9 @@ def compile_step(
     """
     mesh = topologies.mesh(topology, {axis: axes[axis] for axis in sharding.MESH_AXES})
     made = _learner(mesh, sizes, rows=axes["data"] * axes["fsdp"], implementation=implementation)
-    state = made.abstract_state()
-    grads, sums = jax.eval_shape(made._zeros_fn, state.params)
-    grads = jax.tree.map(
-        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
-        grads,
-        state.params,
-    )
-    batch = _batch(mesh, made, row_length=row_length, scored_per_row=scored_per_row)
     begin = time.perf_counter()
-    compiled = topologies.compile(
-        made._accumulate_fn,
-        state.params,
-        grads,
-        sums,
-        batch,
-        topology=mesh,
-        donate_argnums=(1,),
-    )
+    traced = made.trace(row_length=row_length, scored_per_row=scored_per_row)["accumulate"]
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds = time.perf_counter() - begin
     memory, program = topologies.memory(compiled), compiled.as_text() or ""
     kinds = Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", program))
@@ -123,21 +94,3 @@ def _learner(
         rows_per_microbatch=rows,
         implementation=implementation,
     )
-
-
-def _batch(
-    mesh: jax.sharding.Mesh, made: learner.Learner, *, row_length: int, scored_per_row: int
-) -> types.TokenBatch:
-    """Shapes of a micro-batch, laid out on the mesh."""
-
-    def field(name: str, placed: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
-        shape: tuple[int, ...] = (made._rows, scored_per_row)
-        if name in _WHOLE_ROW_FIELDS:
-            shape = (made._rows, row_length)
-        elif name in _NUMBERS:
-            shape = ()
-        dtype = jnp.float32 if name in _FLOATS else jnp.int32
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-
-    placed = sharding.batch_shardings(mesh)._asdict()
-    return types.TokenBatch(**{name: field(name, place) for name, place in placed.items()})

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from codjax_kernels import forest_attention
+from codjax_kernels import embedding_lookup, forest_attention
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +28,7 @@ Layer = Mapping[str, Array]  # parameters of one layer, in the compute dtype, by
 Rope = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cosines and sines
 Constrain = Callable[[Array, tuple[str, ...]], Array]
 Attend = Callable[[Array, Array, Array, Array], Array]
+Lookup = Callable[[Array, Array, str], Array]
 
 _ACTIVATION_AXES = ("batch", "tokens", "width")
 _LAYERS = "layers."
@@ -123,6 +124,7 @@ class Qwen3(nnx.Module):
         *,
         constrain: Constrain = lambda x, axes: x,
         attend: Attend = forest_attention,
+        lookup: Lookup = embedding_lookup,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm, in the compute dtype.
 
@@ -134,6 +136,8 @@ class Qwen3(nnx.Module):
                 `sharding.constrain(mesh)` makes one.
             attend: attention under the interval mask, ``(q, k, v, subtree_end)``; on a mesh,
                 `codjax_kernels.forest_attention` with its layout bound.
+            lookup: rows of the token table, ``(table, tokens, dtype)``; on a mesh,
+                `codjax_kernels.embedding_lookup` with its layout bound.
         """
         config = self.config
         rope = rope_angles(token_positions, config)
@@ -144,13 +148,15 @@ class Qwen3(nnx.Module):
             x = layer_output(layer, x, attend(q, k, v, subtree_end), config)
             return constrain(x, _ACTIVATION_AXES), None
 
-        x = constrain(self.embed(tokens), _ACTIVATION_AXES)
+        x = constrain(self.embed(tokens, lookup), _ACTIVATION_AXES)
         x, _ = jax.lax.scan(_rematerialised(run_layer, config.remat), x, self.layer_arrays())
         return self.normalise(x)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(
+        self, tokens: Int[Array, "B T"], lookup: Lookup = embedding_lookup
+    ) -> Float[Array, "B T D"]:
         """Rows of the token table, in the compute dtype."""
-        return self.embedding[...][tokens].astype(self.config.dtype)
+        return lookup(self.embedding[...], tokens, self.config.dtype)
 
     def layer_arrays(self) -> dict[str, Array]:
         """Parameters of all layers by name, L leading: what `jax.lax.scan` takes."""

@@ -5,6 +5,8 @@
   gradient is made in the forward pass.
 * `forest_attention`: attention in which a token sees its ancestors of a prefix forest.
 
+And `embedding_lookup`, which is cheap on one device and needs care on many.
+
 `ops.py` holds the public functions, `dispatch.py` the table of implementations: `xla/` runs
 everywhere, `tpu/` and `gpu/` hold Pallas kernels. `logprobs.py` and `in_forward.py` hold the
 mathematics that implementations share, `reference.py` the oracles of tests and benchmarks. The
@@ -17,6 +19,7 @@ from codjax_kernels.dispatch import (
     implementation_of,
     why_not,
 )
+from codjax_kernels.lookup import embedding_lookup
 from codjax_kernels.ops import (
     forest_attention,
     scored_logprobs,
@@ -30,6 +33,7 @@ from codjax_kernels.records import Layout
 __all__ = [
     "IMPLEMENTATIONS",
     "Layout",
+    "embedding_lookup",
     "forest_attention",
     "has_gradient_in_forward",
     "implementation_of",

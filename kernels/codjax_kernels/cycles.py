@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from codjax_kernels import topologies
+from codjax_kernels import hlo, topologies
 
 _REQUEST, _ANSWER, _PROFILES = "request.pickle", "answer.json", "profiles"
 # Of the memory that is available: a simulation that outgrows it ends itself, not its neighbours.
@@ -106,63 +106,47 @@ def simulate(
     return Simulation(**answer | {"memory": topologies.Memory(**answer["memory"])})
 
 
-def cycles_by_operation(hlo: str) -> dict[str, int]:
+def cycles_by_operation(text: str) -> dict[str, int]:
     """Estimates in the text of a compiled program, by operation, loops multiplied out.
 
     Args:
-        hlo: `compiled.as_text()` of a compiler that was told to simulate. Loops must count from 0
+        text: `compiled.as_text()` of a compiler that was told to simulate. Loops must count from 0
             in steps of 1 up to a constant, as those of `lax.scan` and `lax.map` do. Of a
             conditional, the costliest branch counts.
 
     Raises:
         ValueError: the length of a loop is not in the text.
     """
-    computations, entry = _computations(hlo)
-    return dict(_walk(computations, entry, times=1))
+    program = hlo.parse(text)
+    return dict(_walk(program, program.entry, times=1))
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the first to run."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in hlo.splitlines():
-        if opened := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
-            lines = computations[opened[2]] = []
-            entry = opened[2] if opened[1] else entry
-        else:
-            lines.append(line)
-    return computations, entry
-
-
-def _walk(
-    computations: Mapping[str, list[str]], name: str, *, times: int
-) -> Iterator[tuple[str, int]]:
-    for line in computations[name]:
+def _walk(program: hlo.Program, name: str, *, times: int) -> Iterator[tuple[str, int]]:
+    for line in program.computations[name]:
         operation = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = ", line)
         estimate = re.search(r'"bundle_analysis_data":\{"estimated_cycles":"(\d+)"', line)
         if operation and estimate and estimate[1] != "0":
             yield operation[1], times * int(estimate[1])
-        elif loop := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
-            trips = _trips(computations[loop[1]], loop[1])
-            yield from _walk(computations, loop[2], times=times * trips)
+        elif loop := re.search(r" while\(.*condition=%[\w.\-]+, body=%([\w.\-]+)", line):
+            yield from _walk(program, loop[1], times=times * _trips(program, line))
         elif " conditional(" in line:
             named = re.findall(r"(?:true|false)_computation=%([\w.\-]+)", line)
             listed = re.search(r"branch_computations=\{([^}]*)\}", line)
             named += re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
-            branches = [list(_walk(computations, branch, times=times)) for branch in named]
+            branches = [list(_walk(program, branch, times=times)) for branch in named]
             yield from max(branches, key=lambda branch: sum(cost for _, cost in branch))
         elif called := re.search(r" (?:call|async-start)\(.*(?:to_apply|calls)=%([\w.\-]+)", line):
-            yield from _walk(computations, called[1], times=times)
+            yield from _walk(program, called[1], times=times)
 
 
-def _trips(condition: list[str], name: str) -> int:
-    constants = [int(x) for line in condition for x in re.findall(r" constant\((\d+)\)", line)]
-    if not constants:
+def _trips(program: hlo.Program, loop: str) -> int:
+    turns = hlo.trips(program, loop)
+    if turns is None:
         raise ValueError(
-            f"the loop with the condition {name} has no constant length, so its cycles cannot be "
-            "counted: give it a static number of steps."
+            f"the loop {loop.strip():.60} has no constant length, so its cycles cannot be counted: "
+            "give it a static number of steps."
         )
-    return max(constants)
+    return turns
 
 
 def _environment(profiles: pathlib.Path) -> dict[str, str]:

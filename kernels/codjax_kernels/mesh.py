@@ -139,12 +139,11 @@ def reduce_table(layout: Layout | None, table_bar: Array) -> Array:
     """
     if layout is None:
         return table_bar
-    copies = tuple(a for a in (*layout.rows, *layout.tokens) if a not in layout.width)
-    if copies:
-        table_bar = jax.lax.psum(table_bar, copies)
+    # Cut first: what is summed over the copies is then smaller by the devices of the width.
     if layout.width:
         table_bar = jax.lax.psum_scatter(table_bar, layout.width, scatter_dimension=1, tiled=True)
-    return table_bar
+    copies = tuple(a for a in (*layout.rows, *layout.tokens) if a not in layout.width)
+    return jax.lax.psum(table_bar, copies) if copies else table_bar
 
 
 def _axis_index(layout: Layout, axes: tuple[str, ...]) -> Int[Array, ""]:

@@ -43,8 +43,10 @@ class Chip:
         flops_per_s: peak of the matrix units, bfloat16 with float32 accumulation.
         macs_per_cycle: multiply-adds of all matrix units in a cycle.
         hbm_bytes: capacity of the main memory.
+        usable_bytes: of it, what the compiler gives to a program.
         hbm_bytes_per_s: its bandwidth.
         vmem_bytes: vector memory of a core, from which kernels compute.
+        link_bytes_per_s: what it can receive from its neighbours, all links together.
     """
 
     name: str
@@ -52,8 +54,10 @@ class Chip:
     flops_per_s: float
     macs_per_cycle: int
     hbm_bytes: int
+    usable_bytes: int
     hbm_bytes_per_s: float
     vmem_bytes: int
+    link_bytes_per_s: float
 
     @property
     def clock_hz(self) -> float:
@@ -67,7 +71,10 @@ class Chip:
 
 # Peaks, capacities and bandwidths: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, for a
 # chip; halved where a chip is two devices. Matrix units: the same pages (four of 128 x 128 a core
-# up to v5p, two of 256 x 256 since v6e). Vector memory: jax's `pltpu.get_tpu_info` of each.
+# up to v5p, two of 256 x 256 since v6e). Vector memory: jax's `pltpu.get_tpu_info` of each. Links:
+# half of the "bidirectional inter-chip interconnect bandwidth per chip" of the same pages (v5p and
+# TPU7x 1200 GB/s, v6e 800; v5e's 1600 Gbit/s and v4's 2400 are of one direction). What is usable:
+# what libtpu 0.0.52 calls available when it refuses a program (95.73 GiB on v5p, above its 95).
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
@@ -77,8 +84,10 @@ CHIPS: Mapping[str, Chip] = {
             flops_per_s=275e12 / 2,
             macs_per_cycle=4 * 128 * 128,
             hbm_bytes=32 * _GIB // 2,
+            usable_bytes=int(15.25 * _GIB),
             hbm_bytes_per_s=1228e9 / 2,
             vmem_bytes=16 * _MIB,
+            link_bytes_per_s=300e9 / 2,
         ),
         Chip(
             name="v5e",
@@ -86,8 +95,10 @@ CHIPS: Mapping[str, Chip] = {
             flops_per_s=197e12,
             macs_per_cycle=4 * 128 * 128,
             hbm_bytes=16 * _GIB,
+            usable_bytes=int(15.75 * _GIB),
             hbm_bytes_per_s=819e9,
             vmem_bytes=128 * _MIB,
+            link_bytes_per_s=200e9,
         ),
         Chip(
             name="v5p",
@@ -95,8 +106,10 @@ CHIPS: Mapping[str, Chip] = {
             flops_per_s=459e12,
             macs_per_cycle=2 * 4 * 128 * 128,
             hbm_bytes=95 * _GIB,
+            usable_bytes=int(95 * _GIB),
             hbm_bytes_per_s=2765e9,
             vmem_bytes=64 * _MIB,
+            link_bytes_per_s=600e9,
         ),
         Chip(
             name="v6e",
@@ -104,8 +117,10 @@ CHIPS: Mapping[str, Chip] = {
             flops_per_s=918e12,
             macs_per_cycle=2 * 2 * 256 * 256,
             hbm_bytes=32 * _GIB,
+            usable_bytes=int(31.24 * _GIB),
             hbm_bytes_per_s=1638e9,
             vmem_bytes=128 * _MIB,
+            link_bytes_per_s=400e9,
         ),
         Chip(
             name="tpu7x",
@@ -113,8 +128,10 @@ CHIPS: Mapping[str, Chip] = {
             flops_per_s=2307e12 / 2,
             macs_per_cycle=2 * 2 * 256 * 256,
             hbm_bytes=192 * _GIB // 2,
+            usable_bytes=int(94.74 * _GIB),
             hbm_bytes_per_s=7380e9 / 2,
             vmem_bytes=64 * _MIB,
+            link_bytes_per_s=600e9 / 2,
         ),
     )
 }

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from codjax import shapes
 from codjax.bench import train_step
 
 pytestmark = [
@@ -12,7 +13,7 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler"
     ),
 ]
-SIZES = {**train_step.QWEN3_8B, "num_layers": 2, "hidden_size": 1024, "intermediate_size": 3072}
+SIZES = {**shapes.QWEN3_8B, "num_layers": 2, "hidden_size": 1024, "intermediate_size": 3072}
 
 
 @pytest.mark.parametrize("context", [1, 2])
