@@ -105,6 +105,7 @@ class Learner:
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._batch_shardings = sharding.batch_shardings(mesh)
         self._constrain = sharding.constrain(mesh)
+        self._run_experts = sharding.run_experts(mesh)
         kernel = implementation or codjax_kernels.implementation_of(mesh.devices.flat[0].platform)
         layout = sharding.layout(mesh)
         self._projection = logprobs_lib.Projection(implementation=kernel, layout=layout)
@@ -222,6 +223,7 @@ class Learner:
             batch.subtree_end,
             constrain=self._constrain,
             attend=self._attend,
+            run_experts=self._run_experts,
         )
         return hidden, model.unembedding
 

@@ -12,11 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from codjax import logprobs
-from codjax.models.qwen3 import Qwen3
+from codjax.models.decoder import Decoder
 
 
 def score(
-    model: Qwen3, token_ids: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]]
+    model: Decoder, token_ids: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]]
 ) -> Float[Array, "B T-1"]:
     """Natural log-probability of each next token, at temperature 1, float32.
 

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from codjax.models import qwen3
+from codjax.models import decoder
 from codjax.models.config import DecoderConfig
 
 _TOP = {
@@ -48,7 +48,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}  # anything else is quantised
 class _Slot(NamedTuple):
     """Where one tensor of a folder belongs."""
 
-    param: str  # name in `qwen3.param_specs`
+    param: str  # name in `decoder.param_specs`
     layer: int | None  # index along the stacked axis, or None
     shape: tuple[int, ...]  # of the parameter (of one layer)
 
@@ -73,7 +73,7 @@ def from_pretrained(
     param_dtype: str | None = None,
     remat: str = "none",
     place: Place | None = None,
-) -> qwen3.Qwen3:
+) -> decoder.Decoder:
     """The model of a Hugging Face folder with `config.json` and safetensors, whole or sharded.
 
     Args:
@@ -96,18 +96,18 @@ def from_pretrained(
     slots = _slots(config)
     _check_tensors(folder, files, slots, config)
     params = {}
-    for name, spec in qwen3.param_specs(config).items():
+    for name, spec in decoder.param_specs(config).items():
         array = np.empty(spec.shape, config.param_dtype)
         for tensor, slot in slots.items():
             if slot.param == name:
                 index = ... if slot.layer is None else slot.layer
                 array[index] = _from_hf(name, _read(files[tensor], tensor), slot.shape)
         params[name] = place(array, spec.axes) if place else jnp.asarray(array)
-    return qwen3.Qwen3(config, params)
+    return decoder.Decoder(config, params)
 
 
 def save_pretrained(
-    model: qwen3.Qwen3,
+    model: decoder.Decoder,
     folder: str | pathlib.Path,
     *,
     dtype: str | None = None,
@@ -158,7 +158,7 @@ def _is_matrix(name: str) -> bool:
 def _slots(config: DecoderConfig) -> dict[str, _Slot]:
     """Name in the folder → its place, for every tensor that the folder must have."""
     slots = {}
-    for name, spec in qwen3.param_specs(config).items():
+    for name, spec in decoder.param_specs(config).items():
         if name in _TOP:
             slots[_TOP[name]] = _Slot(name, None, spec.shape)
             continue
