@@ -58,6 +58,7 @@ _SAME = (
     "model.norm_eps",
     "model.tie_embeddings",
 )
+_SAME_EXPERTS = ("model.experts_per_token", "model.norm_topk_prob")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,7 +317,8 @@ def _candidates(
         workdir, text = text, "latest"
     elif folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
         workdir, text = str(folder.resolve().parent.parent), folder.name
-    workdirs.check_same(pathlib.Path(workdir), config, _SAME)
+    same = _SAME + (_SAME_EXPERTS if model.config.num_experts else ())
+    workdirs.check_same(pathlib.Path(workdir), config, same)
     store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     try:
         step = _step_of(text, store, workdir)
