@@ -1,5 +1,7 @@
 """Grouped experts = every expert asked one by one, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,8 +50,9 @@ def test_grouped_equals_one_by_one(expert_ids):
     grad = jax.value_and_grad(total, argnums=(1, 2, 3), has_aux=True)
     found = jax.jit(grad, static_argnums=0)(experts.run, x, weights, tables)
     expected = grad(one_by_one, x, weights, tables)
-    # float32, sums of a dozen terms in another order.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    # float32, sums of a dozen terms of a few units in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5)
+    jax.tree.map(close, found, expected)
 
 
 def test_router_takes_the_likeliest_and_weighs_them_by_their_probability():
