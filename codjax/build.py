@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -168,12 +169,19 @@ def check_mesh(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh)
         sharding.check_divisible(model.config.axis_sizes, mesh.shape)
     except ValueError as error:
         raise checks.ConfigError(f"mesh: {error}") from error
-    num_parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    checks.require(
+        model.config.num_experts > 0 or mesh.shape["expert"] == 1,
+        "mesh.expert",
+        "be 1",
+        "the model has no experts to cut; give the devices to mesh.fsdp",
+        mesh.shape["expert"],
+    )
+    num_parts = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
     checks.require(
         config.batching.rows_per_microbatch % num_parts == 0,
         "batching.rows_per_microbatch",
         f"be a multiple of {num_parts}",
-        "the rows are split over mesh.data times mesh.fsdp of the devices found",
+        "the rows are split over mesh.data times mesh.fsdp times mesh.expert of the devices found",
         config.batching.rows_per_microbatch,
     )
     checks.require(

@@ -36,6 +36,7 @@ def default_config() -> ConfigDict:
             "fsdp": 1,
             "tensor": 1,
             "context": 1,  # cuts the tokens of a row, for rows too long for one device
+            "expert": 1,  # cuts the experts of a mixture, and rows
         }
     )
     config.kernels = ConfigDict(
@@ -63,7 +64,7 @@ def default_config() -> ConfigDict:
         {
             "row_length": 4096,  # T; no sample may be longer
             "scored_per_row": config_dict.placeholder(int),  # K; unset: row_length
-            "rows_per_microbatch": 1,  # rows on the devices at once; must divide by data * fsdp
+            "rows_per_microbatch": 1,  # on the devices at once; must divide by data * fsdp * expert
             "share_prefixes": True,  # False: one tree without branches per sample, for comparison
         }
     )
@@ -165,6 +166,7 @@ def _model() -> ConfigDict:
             # config.json then gives the sizes.
             "source": "init",
             "vocab_size": config_dict.placeholder(int),  # V; unset: the tokenizer's
+            "family": "qwen3",  # "qwen3" | "qwen2" | "llama" | "qwen3_moe"; see docs/models.md
             "num_layers": 2,
             "hidden_size": 64,  # D
             "intermediate_size": 256,
@@ -174,6 +176,10 @@ def _model() -> ConfigDict:
             "rope_theta": 1e6,  # as Qwen3
             "norm_eps": 1e-6,  # as Qwen3
             "tie_embeddings": True,  # as the small Qwen3 models
+            "num_experts": 0,  # E of "qwen3_moe"; 0 for the others, as the next two
+            "experts_per_token": 0,  # that a token is sent to
+            "moe_intermediate_size": 0,  # width of one
+            "norm_topk_prob": False,  # their weights sum to 1; the published "qwen3_moe" have it
             "init_std": 0.02,  # of matrices; as transformers
             "embedding_std": 0.02,  # of the token table
             "dtype": "bfloat16",  # of activations

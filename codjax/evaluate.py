@@ -59,6 +59,7 @@ _SAME = (
     "model.norm_eps",
     "model.tie_embeddings",
 )
+_SAME_EXPERTS = ("model.experts_per_token", "model.norm_topk_prob")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,7 +323,8 @@ def _candidates(
         workdir, text = text, "latest"
     elif folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
         workdir, text = str(folder.resolve().parent.parent), folder.name
-    workdirs.check_same(pathlib.Path(workdir), config, _SAME)
+    same = _SAME + (_SAME_EXPERTS if model.config.num_experts else ())
+    workdirs.check_same(pathlib.Path(workdir), config, same)
     store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     try:
         step = _step_of(text, store, workdir)
@@ -337,7 +339,9 @@ def _candidates(
 def _check_same_model(folder: pathlib.Path, published: models.Qwen3, model: models.Qwen3) -> None:
     """Weights alone do not tell the sizes of heads or the rotary base: those are the config's."""
     found, wanted = published.config.to_hf(), model.config.to_hf()
-    different = [name for name in wanted if found[name] != wanted[name]]
+    # The longest text that is served changes no weight; a family may lack fields of another.
+    names = (found.keys() | wanted.keys()) - {"max_position_embeddings"}
+    different = sorted(name for name in names if found.get(name) != wanted.get(name))
     if different:
         raise checkpoints.CheckpointError(
             f"{folder} holds another model than the config's: {', '.join(different)} differ; set "

@@ -106,6 +106,7 @@ class Learner:
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._batch_shardings = sharding.batch_shardings(mesh)
         self._constrain = sharding.constrain(mesh)
+        self._run_experts = sharding.run_experts(mesh)
         kernel = implementation or codjax_kernels.implementation_of(mesh.devices.flat[0].platform)
         layout = sharding.layout(mesh)
         self._projection = logprobs_lib.Projection(implementation=kernel, layout=layout)
@@ -269,6 +270,7 @@ class Learner:
             constrain=self._constrain,
             attend=self._attend,
             lookup=self._lookup,
+            run_experts=self._run_experts,
         )
         return hidden, model.unembedding
 

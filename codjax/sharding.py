@@ -5,9 +5,10 @@
     batch = jax.device_put(batch, batch_shardings(mesh))
 
 Parameters and activations have logical axes ("embed", "heads", …); `RULES` says which mesh axes cut
-which logical axis. Rows are cut over `data` and `fsdp` together, their tokens over `context`,
-parameters over `fsdp` and `tensor`. An axis that does not divide is an error at start, never a
-silent copy.
+which logical axis. Rows are cut over `data`, `fsdp` and `expert` together, their tokens over
+`context`, parameters over `fsdp` and `tensor`, and experts over `expert`: to a device's rows come
+those of the devices with the other experts, for the experts alone (`models/experts.py`). An axis
+that does not divide is an error at start, never a silent copy.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codjax import models, types
+from codjax.models import experts
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")  # each has a key of its name in `config.mesh`
+MESH_AXES = (
+    "data",
+    "fsdp",
+    "context",
+    "tensor",
+    "expert",
+)  # each has a key of its name in `config.mesh`
 
 RULES: dict[str, tuple[str, ...]] = {  # logical axis → mesh axes that cut it
     # parameters
@@ -34,10 +42,11 @@ RULES: dict[str, tuple[str, ...]] = {  # logical axis → mesh axes that cut it
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     "head_dim": (),
     "norm": (),  # vectors: not worth gathering
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "tokens": ("context",),
     "width": (),
 }
@@ -48,6 +57,7 @@ def make_mesh(
     fsdp: int,
     tensor: int,
     context: int = 1,
+    expert: int = 1,
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
@@ -58,14 +68,15 @@ def make_mesh(
         fsdp: devices over which a group cuts rows and parameters.
         tensor: devices over which it cuts heads, MLP and vocabulary.
         context: devices over which the tokens of a row are cut, for long rows.
-            One of the four may be -1: the devices that are left.
+        expert: devices over which the experts are cut, and rows.
+            One of the five may be -1: the devices that are left.
         devices: to be used; None for all devices of all processes.
 
     Raises:
         ValueError: the product is not the number of devices.
     """
     num_devices = jax.device_count() if devices is None else len(devices)
-    sizes = mesh_sizes(data, fsdp, tensor, context, num_devices=num_devices)
+    sizes = mesh_sizes(data, fsdp, tensor, context, expert, num_devices=num_devices)
     slices = num_slices(jax.devices() if devices is None else devices)
     if slices > 1:
         return _mesh_of_slices(sizes, slices, jax.devices() if devices is None else devices)
@@ -103,14 +114,14 @@ def one_device(device: jax.Device | None = None) -> Mesh:
 
 
 def mesh_sizes(
-    data: int, fsdp: int, tensor: int, context: int = 1, *, num_devices: int
+    data: int, fsdp: int, tensor: int, context: int = 1, expert: int = 1, *, num_devices: int
 ) -> dict[str, int]:
     """Devices along each mesh axis, with -1 resolved; touches no device.
 
     >>> mesh_sizes(-1, 2, 2, num_devices=8)
-    {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 2}
+    {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 2, 'expert': 1}
     """
-    sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor, expert), strict=True))
     asked = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -175,9 +186,9 @@ def param_shardings(model: models.Qwen3, mesh: Mesh) -> dict[str, Any]:
 def batch_shardings(mesh: Mesh) -> types.TokenBatch:
     """Sharding of every field of a batch.
 
-    Rows are cut over `data` and `fsdp`, their tokens over `context`. Whole over `context` are the
-    subtree ends, which every query looks at, and the scored entries, of which each device does
-    those whose source it has.
+    Rows are cut over `data`, `fsdp` and `expert`, their tokens over `context`. Whole over `context`
+    are the subtree ends, which every query looks at, and the scored entries, of which each device
+    does those whose source it has.
     """
     rows, tokens = (NamedSharding(mesh, spec(axes)) for axes in (("batch",), ("batch", "tokens")))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -199,6 +210,16 @@ def layout(mesh: Mesh) -> codjax_kernels.Layout | None:
         vocab=RULES["vocab"],
         width=RULES["embed"],
     )
+
+
+def run_experts(mesh: Mesh) -> experts.RunExperts:
+    """How the experts of a model are computed on the mesh."""
+    if mesh.size == 1:
+        return experts.run
+    cut = experts.Cut(
+        rows=RULES["batch"], tokens=RULES["tokens"], experts=RULES["experts"], mlp=RULES["mlp"]
+    )
+    return experts.on_mesh(mesh, cut)
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:

@@ -25,6 +25,7 @@ from codjax import config as config_lib
 NAMES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "model.family": ("qwen3", "qwen2", "llama", "qwen3_moe"),
     "model.remat": ("none", "dots", "full"),
     "packs.mode": ("cod", "ralph_sample", "ralph_full"),
     "rollout.prompt_style": ("full", "compact"),
@@ -157,6 +158,23 @@ def _check_model(model: ConfigDict) -> None:
         "rotary embedding turns pairs of channels",
         model.head_dim,
     )
+    _check_experts(model)
+
+
+def _check_experts(model: ConfigDict) -> None:
+    for name in ("num_experts", "experts_per_token", "moe_intermediate_size"):
+        key = f"model.{name}"
+        if model.family == "qwen3_moe":
+            checks.at_least(model, key, 1, "model.family qwen3_moe has experts")
+        checks.default_unless(model, key, 0, "model.family", "qwen3_moe")
+    checks.default_unless(model, "model.norm_topk_prob", False, "model.family", "qwen3_moe")
+    checks.require(
+        model.experts_per_token <= model.num_experts,
+        "model.experts_per_token",
+        f"be at most model.num_experts = {model.num_experts}",
+        "a token goes to different experts",
+        model.experts_per_token,
+    )
 
 
 def _check_tokenizer(tokenizer: ConfigDict) -> None:
@@ -188,9 +206,19 @@ def _check_mesh(mesh: ConfigDict, model: ConfigDict) -> None:
     )
     if model.source != "init":
         return
+    has_experts = model.family == "qwen3_moe"
+    checks.require(
+        has_experts or mesh.expert == 1,
+        "mesh.expert",
+        "be 1",
+        f"model.family {model.family} has no experts to cut; give the devices to mesh.fsdp",
+        mesh.expert,
+    )
+    width = "moe_intermediate_size" if has_experts else "intermediate_size"
     for axis, names in {
-        "tensor": ("num_heads", "num_kv_heads", "intermediate_size"),
+        "tensor": ("num_heads", "num_kv_heads", width),
         "fsdp": ("hidden_size",),
+        "expert": ("num_experts",),
     }.items():
         for name in names:
             checks.require(
@@ -392,12 +420,12 @@ def _check_batching(batching: ConfigDict, rollout: ConfigDict, mesh: ConfigDict)
             "a row holds the entries of any response",
         )
     checks.at_least(batching, "batching.rows_per_microbatch", 1, "it counts rows")
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1)
+    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
     checks.require(
         batching.rows_per_microbatch % shards == 0,
         "batching.rows_per_microbatch",
         f"be a multiple of {shards}",
-        "the rows are split over mesh.data times mesh.fsdp devices",
+        "the rows are split over mesh.data times mesh.fsdp times mesh.expert devices",
         batching.rows_per_microbatch,
     )
     checks.require(

@@ -19,9 +19,9 @@ def objective(**changes):
     return learner.Objective(**(made | changes))
 
 
-def make_learner(*, rows=2, mesh=None, optimizer=None, **changes):
+def make_learner(*, rows=2, mesh=None, optimizer=None, config=CONFIG, **changes):
     return learner.Learner(
-        models.init(CONFIG, seed=0),
+        models.init(config, seed=0),
         optimizer=optimizer or optax.adamw(1e-2, weight_decay=0.01),
         schedule=optax.constant_schedule(1e-2),
         objective=objective(**changes),
@@ -54,9 +54,9 @@ def family(seed, count=14):
     return made
 
 
-def loss_and_grads(batch, **options):
-    made = make_learner(**options)
-    state = made.init_state(build.params_of(models.init(CONFIG, seed=0)))
+def loss_and_grads(batch, config=CONFIG, **options):
+    made = make_learner(config=config, **options)
+    state = made.init_state(build.params_of(models.init(config, seed=0)))
     loss, grads, metrics = made.loss_and_grads(state.params, batch)
     return loss, jax.device_get(grads), metrics
 
@@ -82,6 +82,22 @@ def test_a_forest_trains_as_every_sequence_alone(seed):
 
     changes = {"entropy_coef": 0.1}
     assert_same(loss_and_grads(forest, **changes), loss_and_grads(plain, **changes))
+
+
+def test_experts_train_the_same_in_a_forest_and_on_a_mesh_that_cuts_them():
+    config = small.decoder_config(
+        remat="full",
+        family="qwen3_moe",
+        num_experts=4,
+        experts_per_token=2,
+        moe_intermediate_size=12,
+    )
+    sequences = family(1)
+    forest = pad_rows(batching.build_batch(sequences, 24), 8)
+    plain = pad_rows(batching.build_batch(sequences, 24, share_prefixes=False), 16)
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, expert=2)
+    alone = loss_and_grads(plain, config=config, rows=16)
+    assert_same(loss_and_grads(forest, config=config, rows=8, mesh=mesh), alone)
 
 
 def test_sequence_level_ratios_survive_the_forest_too():

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,14 @@ from codjax import logprobs, models, sharding, types
 from tests import small
 
 CONFIG = small.decoder_config(vocab_size=32, remat="full")
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    family="qwen3_moe",
+    num_experts=8,
+    experts_per_token=3,
+    moe_intermediate_size=12,
+    norm_topk_prob=True,
+)
 
 
 def abstract(config):
@@ -44,15 +53,18 @@ def token_batch(num_rows, num_tokens, num_scored):
     )
 
 
-def loss_function(graphdef, constrain, layout):
+def loss_function(graphdef, mesh):
+    layout = sharding.layout(mesh)
+
     def loss(params, batch):
         model = nnx.merge(graphdef, params)
         hidden = model(
             batch.tokens,
             batch.token_positions,
             batch.subtree_end,
-            constrain=constrain,
+            constrain=sharding.constrain(mesh),
             attend=functools.partial(forest_attention, layout=layout),
+            run_experts=sharding.run_experts(mesh),
         )
         scores, entropy = logprobs.scored_logprobs(
             hidden,
@@ -71,15 +83,35 @@ def loss_function(graphdef, constrain, layout):
     "shape", [(2, 2, 2, 1), (8, 1, 1, 1), (1, 4, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2)]
 )
 def test_sharded_equals_unsharded(shape, monkeypatch):
+    check_sharded_equals_unsharded(CONFIG, shape, monkeypatch)
+
+
+# data, fsdp, tensor, context, expert
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 8), (1, 2, 2, 1, 2), (1, 1, 2, 2, 2)])
+def test_sharded_experts_equal_unsharded(shape, monkeypatch):
+    check_sharded_equals_unsharded(EXPERTS, shape, monkeypatch)
+
+
+def test_sharded_biases_equal_unsharded(monkeypatch):
+    config = dataclasses.replace(CONFIG, family="llama", attention_bias=True, mlp_bias=True)
+    check_sharded_equals_unsharded(config, (1, 2, 2, 2), monkeypatch)
+
+
+def check_sharded_equals_unsharded(config, shape, monkeypatch):
+    """Loss, hidden states, log-probs and every gradient, to 1e-5: sums in another order."""
     monkeypatch.setattr("codjax_kernels.xla.logprobs.SINGLE_CHUNK_LOGITS", 0)
     mesh = sharding.make_mesh(*shape)
-    model = models.init(CONFIG, seed=0)
+    model = models.init(config, seed=0)
+    shake = jax.random.normal(jax.random.key(1), (99,))  # biases are fresh zeros
+    nnx.update(
+        model, jax.tree.map(lambda x: x + jnp.resize(0.1 * shake, x.shape), nnx.state(model))
+    )
     graphdef, state = nnx.split(model)
     params, batch = nnx.to_pure_dict(state), token_batch(8, 10, 6)
-    alone = jax.jit(loss_function(graphdef, lambda x, axes: x, None))(params, batch)
+    alone = jax.jit(loss_function(graphdef, sharding.one_device()))(params, batch)
     shardings = sharding.param_shardings(model, mesh)
     run = jax.jit(
-        loss_function(graphdef, sharding.constrain(mesh), sharding.layout(mesh)),
+        loss_function(graphdef, mesh),
         out_shardings=(None, shardings),
     )
     split = run(
@@ -89,7 +121,8 @@ def test_sharded_equals_unsharded(shape, monkeypatch):
     for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     hidden = split[0][1][0]
-    assert hidden.sharding.shard_shape(hidden.shape)[0] == 8 // (shape[0] * shape[1])
+    num_cuts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    assert hidden.sharding.shard_shape(hidden.shape)[0] == 8 // num_cuts
 
 
 def test_parameters_lie_as_the_rules_say():
@@ -131,6 +164,7 @@ def test_mesh_takes_the_devices_that_are_left():
         "fsdp": 2,
         "context": 1,
         "tensor": 2,
+        "expert": 1,
     }
     assert not doctest.testmod(sharding).failed
 
@@ -163,8 +197,18 @@ def test_axis_that_does_not_divide_names_axis_size_and_key():
 
 
 def test_every_logical_axis_has_a_rule():
-    axes = jax.tree.leaves(models.logical_axes(abstract(CONFIG)))
-    assert set(axes) <= set(sharding.RULES)
+    for config in (CONFIG, EXPERTS):
+        axes = jax.tree.leaves(models.logical_axes(abstract(config)))
+        assert set(axes) <= set(sharding.RULES)
+
+
+def test_experts_are_cut_and_must_divide():
+    mesh = sharding.make_mesh(1, 2, 1, expert=4)
+    gate = sharding.param_shardings(abstract(EXPERTS), mesh)["layers"]["gate"]
+    assert gate.shard_shape((2, 8, 16, 12)) == (2, 2, 8, 12)
+    odd = dataclasses.replace(EXPERTS, num_experts=6)
+    with pytest.raises(ValueError, match=r"axis 'experts' of size 6 must divide by mesh.expert"):
+        sharding.param_shardings(abstract(odd), mesh)
 
 
 # Several slices.

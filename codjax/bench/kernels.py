@@ -37,10 +37,10 @@ _SIMULATION_S = 3000.0
 _BLOCK_ROWS = 1024  # of K at once; with 512, XLA's chunks are slower
 # Slice, devices along `sharding.MESH_AXES`, and row length of the sharded step.
 _STEPS = {
-    "v5e": ("v5e:4x8", (1, 8, 2, 2), 16384),
-    "v5p": ("v5p:2x2x4", (1, 4, 2, 2), 32768),
-    "v6e": ("v6e:4x4", (1, 4, 2, 2), 16384),
-    "tpu7x": ("tpu7x:2x2x2", (1, 4, 2, 2), 32768),
+    "v5e": ("v5e:4x8", (1, 8, 2, 2, 1), 16384),
+    "v5p": ("v5p:2x2x4", (1, 4, 2, 2, 1), 32768),
+    "v6e": ("v6e:4x4", (1, 4, 2, 2, 1), 16384),
+    "tpu7x": ("tpu7x:2x2x2", (1, 4, 2, 2, 1), 32768),
 }
 # More than the simulator has memory or models for.
 _TOO_LARGE = (

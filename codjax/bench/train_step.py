@@ -9,6 +9,7 @@ accumulation. Shapes alone go in.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from collections import Counter
@@ -43,9 +44,9 @@ def compile_step(
 
     Args:
         topology: as for `topologies.devices`.
-        axes: devices along each of `sharding.MESH_AXES`.
+        axes: devices along `sharding.MESH_AXES`; one along those that are not there.
         sizes: of the model, as `DecoderConfig` takes them.
-        row_length: T; a micro-batch has a row for every device along data and fsdp.
+        row_length: T; a micro-batch has a row for every device that rows are cut over.
         scored_per_row: K.
         implementation: of the kernels.
 
@@ -53,8 +54,9 @@ def compile_step(
         ModuleNotFoundError: libtpu is not installed.
         jax.errors.JaxRuntimeError: the step does not fit, or a kernel does not compile.
     """
-    mesh = topologies.mesh(topology, {axis: axes[axis] for axis in sharding.MESH_AXES})
-    made = _learner(mesh, sizes, rows=axes["data"] * axes["fsdp"], implementation=implementation)
+    mesh = topologies.mesh(topology, {axis: axes.get(axis, 1) for axis in sharding.MESH_AXES})
+    rows = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+    made = _learner(mesh, sizes, rows=rows, implementation=implementation)
     begin = time.perf_counter()
     traced = made.trace(row_length=row_length, scored_per_row=scored_per_row)["accumulate"]
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()

@@ -6,15 +6,19 @@ models.score(model, token_ids)                    # log-prob of each next token
 """
 
 from codjax.models.cache import KVCache, extend, init_cache
-from codjax.models.config import DecoderConfig
-from codjax.models.qwen3 import Qwen3, init, logical_axes
+from codjax.models.config import DecoderConfig, RopeScaling
+from codjax.models.decoder import Decoder, init, logical_axes
 from codjax.models.scoring import score, score_rows
 from codjax.models.weights import from_pretrained, read_config, save_pretrained
 
+Qwen3 = Decoder  # the name from when there was one family
+
 __all__ = [
+    "Decoder",
     "DecoderConfig",
     "KVCache",
     "Qwen3",
+    "RopeScaling",
     "extend",
     "from_pretrained",
     "init",

@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: what `Qwen3.__call__` computes, a few tokens at a time.
+"""Decoding with a key-value cache: what `Decoder.__call__` computes, a few tokens at a time.
 
     cache = init_cache(model.config, num_rows=8, num_tokens=512)
     hidden, cache = extend(model, cache, prompt, jnp.zeros(8, jnp.int32))     # prefill
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from codjax.models import qwen3
+from codjax.models import blocks, decoder
 from codjax.models.config import DecoderConfig
 
 _MASKED = -1e30  # finite, so that no mask can make a nan
@@ -39,7 +39,7 @@ def init_cache(config: DecoderConfig, num_rows: int, num_tokens: int) -> KVCache
 
 
 def extend(
-    model: qwen3.Qwen3, cache: KVCache, tokens: Int[Array, "R C"], start: Int[Array, " R"]
+    model: decoder.Decoder, cache: KVCache, tokens: Int[Array, "R C"], start: Int[Array, " R"]
 ) -> tuple[Float[Array, "R C D"], KVCache]:
     """Append C tokens to every row: one is decoding, several are a chunk of a prompt.
 
@@ -58,15 +58,15 @@ def extend(
     """
     config = model.config
     positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-    rope = qwen3.rope_angles(positions, config)
+    rope = blocks.rope_angles(positions, config)
     bias = _bias(start, num_cached=cache.keys.shape[2], num_new=tokens.shape[1])
 
     def run_layer(x: Array, inputs: tuple[Mapping[str, Array], KVCache]) -> tuple[Array, KVCache]:
         stored, cached = inputs
-        layer = qwen3.in_compute_dtype(stored, config)
-        q, k, v = qwen3.attention_inputs(layer, x, rope, config)
+        layer = decoder.in_compute_dtype(stored, config)
+        q, k, v = decoder.attention_inputs(layer, x, rope, config)
         attended = _attend(q, cached, KVCache(k, v), bias)
-        return qwen3.layer_output(layer, x, attended, config), KVCache(k, v)
+        return decoder.layer_output(layer, x, attended, config), KVCache(k, v)
 
     # The layers only read the cache; all of them are written at once behind the loop, which
     # can then be done in place.

@@ -1,4 +1,4 @@
-"""Sizes and numerics of a decoder, and their Hugging Face spelling.
+"""Sizes and numerics of a decoder.
 
 `DecoderConfig` has the keys of `config.model` (without `source`) and the size of the vocabulary,
 which the tokenizer gives.
@@ -13,20 +13,46 @@ from typing import Any
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
 
-# Fields of transformers' Qwen3Config that must have one of these values; absent is fine too.
-_HF_ONLY: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "attention_dropout": (0, None),
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-    "use_sliding_window": (False, None),
-}
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe")  # each has a file; see models/families.py
+ROPE_SCALINGS = ("linear", "llama3")
+_OF_EXPERTS = ("num_experts", "experts_per_token", "moe_intermediate_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for texts longer than those of pre-training.
+
+    Attributes:
+        kind: "linear" | "llama3"; see `blocks.rope_frequencies`.
+        factor: by which a frequency is divided, at least 1.
+        low_freq_factor: "llama3": turns below which a frequency is divided.
+        high_freq_factor: "llama3": turns above which it is kept.
+        original_tokens: "llama3": the tokens in which turns are counted.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_SCALINGS:
+            raise ValueError(f"rope scaling must be one of {ROPE_SCALINGS}; got {self.kind!r}.")
+        if not self.factor >= 1:
+            raise ValueError(f"the factor of rope scaling must be at least 1; got {self.factor}.")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "rope scaling needs 0 < low_freq_factor < high_freq_factor; got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What a decoder of the Qwen3 family is made of.
+    """What a decoder is made of.
+
+    The fields with a default are those that some families do not have.
 
     Attributes:
         vocab_size: V.
@@ -45,6 +71,15 @@ class DecoderConfig:
         param_dtype: the same, of parameters.
         remat: what the backward pass computes again: "none", "dots" (all but matrix products
             without batch dimensions), "full" (all but the input of each layer).
+        family: one of `FAMILIES`.
+        attention_bias: whether the attention matrices have biases ("qwen2" has its own anyway).
+        mlp_bias: whether those of the MLP have ("llama").
+        rope_scaling: None for the plain frequencies.
+        max_positions: as published, for whoever serves an export; bounds no computation here.
+        num_experts: E of "qwen3_moe".
+        experts_per_token: K of them for each token.
+        moe_intermediate_size: width of an expert.
+        norm_topk_prob: whether the weights of a token's experts sum to 1.
     """
 
     vocab_size: int
@@ -62,8 +97,19 @@ class DecoderConfig:
     dtype: str
     param_dtype: str
     remat: str
+    family: str = "qwen3"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    max_positions: int = 32768
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):  # of a config that was written as JSON
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         sizes = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
         for name in ("vocab_size", *sizes, "head_dim"):
             if getattr(self, name) < 1:
@@ -78,133 +124,54 @@ class DecoderConfig:
                 "model.head_dim must be even: rotary embedding turns pairs of channels; got "
                 f"{self.head_dim}."
             )
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMATS)):
+        names = {"dtype": DTYPES, "param_dtype": DTYPES, "remat": REMATS, "family": FAMILIES}
+        for name, allowed in names.items():
             if getattr(self, name) not in allowed:
                 found = getattr(self, name)
                 raise ValueError(f"model.{name} must be one of {allowed}; got {found!r}.")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        for name in _OF_EXPERTS:
+            found = getattr(self, name)
+            if self.family == "qwen3_moe" and found < 1:
+                raise ValueError(
+                    f"model.{name} must be at least 1 with model.family qwen3_moe; got {found}."
+                )
+            if self.family != "qwen3_moe" and found:
+                raise ValueError(
+                    f"model.{name} must be 0 with model.family {self.family}, which has no "
+                    f"experts; got {found}."
+                )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"model.experts_per_token must be at most model.num_experts = {self.num_experts}; "
+                f"got {self.experts_per_token}."
+            )
 
     @property
     def axis_sizes(self) -> dict[str, int]:
         """Size of every logical axis that sharding rules may cut."""
-        return {
+        sizes = {
             "vocab": self.vocab_size,
             "embed": self.hidden_size,
             "heads": self.num_heads,
             "kv_heads": self.num_kv_heads,
-            "mlp": self.intermediate_size,
+            "mlp": self.moe_intermediate_size or self.intermediate_size,
         }
+        return sizes | ({"experts": self.num_experts} if self.num_experts else {})
 
     @classmethod
     def from_hf(
         cls, fields: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str
     ) -> DecoderConfig:
-        """The decoder that a Hugging Face `config.json` describes.
+        """The decoder that a Hugging Face `config.json` describes; see `hf_config.read`."""
+        from codjax.models import hf_config  # it and the families know this class
 
-        Of the fields that transformers' own Qwen3 reads, each is honoured or, where we have no
-        such thing, refused by name; sizes must be there, other absent fields have transformers'
-        default. Fields that its Qwen3 does not read are not read here either.
-
-        Args:
-            fields: the parsed file; `model_type` must be "qwen3".
-            dtype: of activations.
-            param_dtype: of parameters.
-            remat: see the class.
-
-        Raises:
-            ValueError: a field that we cannot honour, with its value.
-        """
-        _refuse_unsupported(fields)
-        missing = [name for name in _HF_SIZES if fields.get(name) is None]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}.")
-        num_kv_heads = fields.get("num_key_value_heads", 32)
-        std = float(fields.get("initializer_range", 0.02))
-        return cls(
-            **{ours: int(fields[name]) for name, ours in _HF_SIZES.items()},
-            num_kv_heads=int(num_kv_heads or fields["num_attention_heads"]),
-            head_dim=int(fields.get("head_dim") or 128),
-            rope_theta=_rope_theta(fields),
-            norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            init_std=std,
-            embedding_std=std,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            remat=remat,
-        )
+        return hf_config.read(fields, dtype=dtype, param_dtype=param_dtype, remat=remat)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of this decoder, as transformers and SGLang read it.
+        """The `config.json` of this decoder; see `hf_config.write`."""
+        from codjax.models import hf_config
 
-        `max_position_embeddings` is transformers' default, 32768; it bounds no computation.
-        Both spellings of the rotary base are written, for transformers before and after 5.0.
-        """
-        return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            **{name: getattr(self, ours) for name, ours in _HF_SIZES.items()},
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tie_embeddings,
-            "initializer_range": self.init_std,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_position_embeddings": 32768,
-            "torch_dtype": self.param_dtype,
-        }
-
-
-_HF_SIZES = {  # their name → ours
-    "vocab_size": "vocab_size",
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_attention_heads": "num_heads",
-}
-
-
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    if fields.get("model_type") != "qwen3":
-        raise ValueError(
-            f"config.json has model_type {fields.get('model_type')!r}; codjax has the decoder of "
-            "model_type 'qwen3' only."
-        )
-    for name, allowed in _HF_ONLY.items():
-        if name in fields and fields[name] not in allowed:
-            raise ValueError(
-                f"config.json has {name} = {fields[name]!r}; codjax supports {allowed[0]!r} only."
-            )
-    other = set(fields.get("layer_types") or ()) - {"full_attention"}
-    if other:
-        raise ValueError(
-            f"config.json has layer_types {sorted(other)}; codjax supports 'full_attention' only."
-        )
-
-
-def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """The rotary base, under whichever name it stands; transformers' default is 10000."""
-    found = {}
-    if fields.get("rope_theta") is not None:
-        found["rope_theta"] = float(fields["rope_theta"])
-    for name in ("rope_parameters", "rope_scaling"):
-        settings = dict(fields.get(name) or {})
-        kinds = {settings.pop(key, None) for key in ("rope_type", "type")} - {None, "default"}
-        theta = settings.pop("rope_theta", None)
-        if settings.pop("partial_rotary_factor", None) not in (None, 1):
-            kinds.add("partial_rotary_factor")
-        if kinds or settings:
-            raise ValueError(
-                f"config.json has {name} = {fields[name]!r}; codjax supports rope_type 'default' "
-                "with a rope_theta only."
-            )
-        if theta is not None:
-            found[name] = float(theta)
-    if len(set(found.values())) > 1:
-        raise ValueError(f"config.json gives different rotary bases: {found}.")
-    return next(iter(found.values()), 10000.0)
+        return hf_config.write(self)

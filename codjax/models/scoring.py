@@ -13,11 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from codjax import logprobs
-from codjax.models.qwen3 import Qwen3
+from codjax.models.decoder import Decoder
 
 
 def score(
-    model: Qwen3,
+    model: Decoder,
     token_ids: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
     implementation: str | None = None,

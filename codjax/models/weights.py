@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from codjax.models import qwen3
+from codjax.models import decoder
 from codjax.models.config import DecoderConfig
 
 _TOP = {
@@ -35,11 +35,20 @@ _LAYER = {
     "query_norm": "self_attn.q_norm.weight",
     "key_norm": "self_attn.k_norm.weight",
     "attention_output": "self_attn.o_proj.weight",
+    "query_bias": "self_attn.q_proj.bias",
+    "key_bias": "self_attn.k_proj.bias",
+    "value_bias": "self_attn.v_proj.bias",
+    "attention_output_bias": "self_attn.o_proj.bias",
     "mlp_norm": "post_attention_layernorm.weight",
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
+    "gate_bias": "mlp.gate_proj.bias",
+    "up_bias": "mlp.up_proj.bias",
+    "down_bias": "mlp.down_proj.bias",
+    "router": "mlp.gate.weight",
 }
+_EXPERT = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
 Place = Callable[[np.ndarray, tuple[str, ...]], jax.Array]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # anything else is quantised
@@ -48,9 +57,9 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}  # anything else is quantised
 class _Slot(NamedTuple):
     """Where one tensor of a folder belongs."""
 
-    param: str  # name in `qwen3.param_specs`
-    layer: int | None  # index along the stacked axis, or None
-    shape: tuple[int, ...]  # of the parameter (of one layer)
+    param: str  # name in `decoder.param_specs`
+    at: tuple[int, ...]  # index of the layer, of the expert
+    shape: tuple[int, ...]  # of what the index picks
 
 
 def read_config(
@@ -73,7 +82,7 @@ def from_pretrained(
     param_dtype: str | None = None,
     remat: str = "none",
     place: Place | None = None,
-) -> qwen3.Qwen3:
+) -> decoder.Decoder:
     """The model of a Hugging Face folder with `config.json` and safetensors, whole or sharded.
 
     Args:
@@ -96,18 +105,17 @@ def from_pretrained(
     slots = _slots(config)
     _check_tensors(folder, files, slots, config)
     params = {}
-    for name, spec in qwen3.param_specs(config).items():
+    for name, spec in decoder.param_specs(config).items():
         array = np.empty(spec.shape, config.param_dtype)
         for tensor, slot in slots.items():
             if slot.param == name:
-                index = ... if slot.layer is None else slot.layer
-                array[index] = _from_hf(name, _read(files[tensor], tensor), slot.shape)
+                array[slot.at] = _from_hf(name, _read(files[tensor], tensor), slot.shape)
         params[name] = place(array, spec.axes) if place else jnp.asarray(array)
-    return qwen3.Qwen3(config, params)
+    return decoder.Decoder(config, params)
 
 
 def save_pretrained(
-    model: qwen3.Qwen3,
+    model: decoder.Decoder,
     folder: str | pathlib.Path,
     *,
     dtype: str | None = None,
@@ -128,7 +136,7 @@ def save_pretrained(
     host = {name: np.asarray(value) for name, value in flat.items()}
     tensors = {}
     for tensor, slot in _slots(model.config).items():
-        array = host[slot.param] if slot.layer is None else host[slot.param][slot.layer]
+        array = host[slot.param][slot.at]
         tensors[tensor] = np.ascontiguousarray(_to_hf(slot.param, array).astype(dtype))
     metadata = {"format": "pt"}  # transformers refuses files that do not say so
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata=metadata)
@@ -137,34 +145,40 @@ def save_pretrained(
 
 
 def _from_hf(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`[out in]` with heads merged → our shape; vectors and tables stay as they are."""
+    """`[out in]` with heads merged → our shape; tables stay as they are."""
     if _is_matrix(name):
         return tensor.T.reshape(shape)
-    return tensor
+    return tensor.reshape(shape)
 
 
 def _to_hf(name: str, array: np.ndarray) -> np.ndarray:
     if not _is_matrix(name):
-        return array
+        return array.reshape(-1) if name.startswith("layers.") else array
     # Heads and channels are neighbours: the last two of what goes in, the first of what comes out.
     num_in = array.shape[0] * array.shape[1] if name == "layers.attention_output" else len(array)
     return array.reshape(num_in, -1).T
 
 
 def _is_matrix(name: str) -> bool:
-    return name.startswith("layers.") and not name.endswith("norm")
+    return name.startswith("layers.") and not name.endswith(("norm", "bias"))
 
 
 def _slots(config: DecoderConfig) -> dict[str, _Slot]:
     """Name in the folder → its place, for every tensor that the folder must have."""
     slots = {}
-    for name, spec in qwen3.param_specs(config).items():
+    for name, spec in decoder.param_specs(config).items():
         if name in _TOP:
-            slots[_TOP[name]] = _Slot(name, None, spec.shape)
+            slots[_TOP[name]] = _Slot(name, (), spec.shape)
             continue
-        tail = _LAYER[name.removeprefix("layers.")]
+        ours = name.removeprefix("layers.")
         for layer in range(config.num_layers):
-            slots[f"model.layers.{layer}.{tail}"] = _Slot(name, layer, spec.shape[1:])
+            prefix = f"model.layers.{layer}."
+            if config.num_experts and ours in _EXPERT:
+                for expert in range(config.num_experts):
+                    tensor = f"{prefix}mlp.experts.{expert}.{_EXPERT[ours]}"
+                    slots[tensor] = _Slot(name, (layer, expert), spec.shape[2:])
+            else:
+                slots[prefix + _LAYER[ours]] = _Slot(name, (layer,), spec.shape[1:])
     return slots
 
 
