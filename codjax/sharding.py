@@ -18,7 +18,6 @@ from typing import Any
 
 import codjax_kernels
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codjax import models, types
@@ -186,15 +185,14 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str, ...]], jax.Array]:
     return pin
 
 
-def place(mesh: Mesh) -> Callable[[np.ndarray, tuple[str, ...]], jax.Array]:
-    """A function that puts a host array, given with its logical axes, on the mesh.
+def place(mesh: Mesh) -> Callable[[tuple[int, ...], tuple[str, ...]], NamedSharding]:
+    """A function that gives the sharding of a parameter, from its shape and logical axes.
 
-    Every process holds the whole array and sends its own devices their parts.
+    Raises, when called, ValueError: an axis does not divide, as `check_divisible` says.
     """
 
-    def put(array: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
-        check_divisible(dict(zip(axes, array.shape, strict=True)), mesh.shape)
-        sharding = NamedSharding(mesh, spec(axes))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def sharding(shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
+        check_divisible(dict(zip(axes, shape, strict=True)), mesh.shape)
+        return NamedSharding(mesh, spec(axes))
 
-    return put
+    return sharding
