@@ -34,7 +34,7 @@ DTYPES = {  # of floats, as safetensors spells them; anything else is quantised
 INDEX_FILE = "model.safetensors.index.json"
 
 _SPELLINGS = {dtype: spelling for spelling, dtype in DTYPES.items()}
-_OPEN_BYTES = 256 * 2**20  # what is read through a mapped file stays resident until it is closed
+_OPEN_BYTES = 64 * 2**20  # what is read through a mapped file stays resident until it is closed
 _COMPARED_BYTES = 64 * 2**20
 _ALIGNMENT = 8  # of the data behind the header, in bytes
 # A mixture's experts, as one tensor a layer: transformers 5 holds them so, and reads both.
@@ -90,7 +90,8 @@ class Folder:
             rows, columns = index
             rows = slice(stored.first_row + rows.start, stored.first_row + rows.stop)
             array = part[stored.expert : stored.expert + 1, rows, columns][0]
-        self._num_bytes += array.nbytes
+        # Whole rows: a part of each of them touches every page that they lie on.
+        self._num_bytes += len(array) * math.prod(stored.shape[1:]) * array.itemsize
         return array
 
     def _handle(self, file: pathlib.Path) -> Any:
@@ -233,7 +234,10 @@ def tensors_of(
     }
     for name, layout in shard.tensors.items():
         param, index = where[name]
-        yield name, counterparts[param].to_tensor(part(param, index).astype(layout.dtype))
+        yield (
+            name,
+            counterparts[param].to_tensor(part(param, index).astype(layout.dtype, copy=False)),
+        )
 
 
 def write_shard(

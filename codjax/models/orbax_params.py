@@ -1,11 +1,13 @@
-"""Parameters in an Orbax checkpoint: restored to a sharding, written and read a part at a time.
+"""Parameters in an Orbax checkpoint, written and read a part at a time.
 
     write(folder / "params", {"embedding": Written(…), "layers.query": …})
-    params = restore(folder / "params", {"layers": {"query": jax.ShapeDtypeStruct(…)}})
-    part = StackReader(open_stores(folder / "params"))      # part("layers.query", (3,))
+    stores = open_stores(folder / "params")
+    stores["embedding"][10:20].read().result()
+    StackReader(stores)("layers.query", (3,))           # of layer 3
 
-The tree is that of `TrainState.params`: parameters of a run and converted ones are read alike. On
-disk, such a checkpoint is an OCDBT database of zarr arrays with dotted names.
+The tree is that of `TrainState.params`: parameters of a run and converted ones are read alike, and
+Orbax restores either. On disk, such a checkpoint is an OCDBT database of zarr arrays with dotted
+names; TensorStore reads them here, since Orbax's own restore keeps all arrays in flight at once.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from codjax.models import hf_names
 
 METADATA_FILE = "_METADATA"  # of Orbax; a folder without it holds no checkpoint
 
-_CHUNK_BYTES = 16 * 2**20  # what is read at once, at least; small, as many hosts read parts of one
-_PIECE_BYTES = 64 * 2**20  # what is in memory at once, when writing
+_CHUNK_BYTES = 1 * 2**20  # is read as a whole; small, as every host wants another part
+_PIECE_BYTES = 32 * 2**20  # what is in memory at once, when writing
 _STACKED = ("layers", "experts")
 
 
@@ -91,12 +93,6 @@ def write(folder: pathlib.Path, params: Mapping[str, Written]) -> None:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(nested(params)))
-
-
-def restore(folder: pathlib.Path, like: Any) -> Any:
-    """Parameters with the shapes, dtypes and shardings of `like`; a host reads its parts only."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve(), like)
 
 
 def check(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -166,17 +162,6 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = value
     return tree
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names from a tree: the inverse of `nested`."""
-    named: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            named |= {f"{name}.{rest}": leaf for rest, leaf in flat(value).items()}
-        else:
-            named[name] = value
-    return named
 
 
 class _PieceByPiece(type_handlers.NumpyHandler):

@@ -118,16 +118,13 @@ def save_pretrained(
 def _from_tensors(
     path: pathlib.Path, config: DecoderConfig, like: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Parameters from safetensors; of a tensor, what no device here needs is not read."""
+    """Parameters from safetensors, a part at a time, in no wider a dtype than they are stored."""
     folder, counterparts = hf_folder.Folder(path), hf_names.counterparts(config)
     hf_folder.check(folder, counterparts, path=path, tie_embeddings=config.tie_embeddings)
 
     def load(name: str) -> jax.Array:
-        def read(index: hf_names.Index | None) -> np.ndarray:
-            assert index is not None  # only shardings without an index have none
-            return counterparts[name].read(index, folder.read, like[name].dtype)
-
-        return jax.make_array_from_callback(like[name].shape, like[name].sharding, read)
+        counterpart, dtype = counterparts[name], like[name].dtype
+        return _placed(like[name], lambda index: counterpart.read(index, folder.read, dtype))
 
     return {name: load(name) for name in counterparts}
 
@@ -135,10 +132,33 @@ def _from_tensors(
 def _from_orbax(
     path: pathlib.Path, config: DecoderConfig, like: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
+    """Parameters from a converted folder, a part at a time."""
     params = path / PARAMS_FOLDER
     orbax_params.check(params, {name: shape.shape for name, shape in like.items()})
-    tree = orbax_params.restore(params, orbax_params.nested(like))
-    return orbax_params.flat(tree)
+    stores = orbax_params.open_stores(params)
+
+    def load(name: str) -> jax.Array:
+        store, dtype = stores[name], like[name].dtype
+        return _placed(
+            like[name], lambda index: store[index].read().result().astype(dtype, copy=False)
+        )
+
+    return {name: load(name) for name in like}
+
+
+def _placed(like: jax.ShapeDtypeStruct, read: Callable[[hf_names.Index], np.ndarray]) -> jax.Array:
+    """A parameter on its devices; what several of them hold is read once."""
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: hf_names.Index | None) -> np.ndarray:
+        assert index is not None  # as for every array that has a value
+        sizes = zip(index, like.shape, strict=True)
+        key = tuple(of_axis.indices(size)[:2] for of_axis, size in sizes)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _on_default_device(

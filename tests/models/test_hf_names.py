@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codjax.models import hf_names
+from codjax.models import hf_folder, hf_names
 from codjax.models.qwen3 import ParamSpec
 
 L, D, N, M, H, F, E, V = 3, 6, 4, 2, 5, 7, 4, 11
@@ -110,3 +110,40 @@ def test_mismatches_are_counted_and_all_named():
         "a.{0-9}.w has shape (3, 2), not (2, 3)",
     ]
     assert hf_names.mismatches(wanted, wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "params"),
+    [
+        ("qwen2", {}, {"query_bias", "key_bias", "value_bias", "gate", "up", "down"}),
+        (
+            "llama",
+            {"attention_bias": True, "mlp_bias": True},
+            {"query_bias", "key_bias", "value_bias", "attention_output_bias", "gate", "gate_bias"}
+            | {"up", "up_bias", "down", "down_bias"},
+        ),
+        ("qwen3_moe", {"num_experts": 2, "head_dim": 4}, {"query_norm", "key_norm", "router"}),
+    ],
+)
+def test_transformers_has_these_names(model_type, fields, params, tmp_path):
+    """The tensors of a folder that it writes are those that the table names, and no other."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 8}
+    config = transformers.AutoConfig.for_model(model_type, **sizes, **fields)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert torch is not None  # transformers makes no model without it
+
+    always = {"attention_norm", "query", "key", "value", "attention_output", "mlp_norm"}
+    wanted = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    axes = ("layers", "embed")
+    for name in always | params:
+        wanted.add(hf_names.counterpart(f"layers.{name}", ParamSpec((1, 8), axes, None)).template)
+    if model_type == "qwen3_moe":
+        stacked = ParamSpec((1, 2, 8), ("layers", "experts", "embed"), None)
+        for name in ("gate", "up", "down"):
+            template = hf_names.counterpart(f"layers.{name}", stacked).template
+            wanted |= {template.format("{}", expert) for expert in (0, 1)}
+    found = hf_folder.Folder(tmp_path).tensors
+    assert set(found) == {name.replace("{}", "0", 1) for name in wanted}

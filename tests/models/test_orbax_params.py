@@ -61,19 +61,19 @@ def folder(values, tmp_path):
     return tmp_path / "params"
 
 
-def test_what_is_written_is_restored_to_a_mesh_in_another_dtype(folder, values):
+def test_orbax_restores_what_is_written_to_a_mesh_in_another_dtype(folder, values):
     mesh = sharding.make_mesh(1, 4, 2)
     cut = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+    rows = NamedSharding(mesh, PartitionSpec("tensor"))
     like = {
-        "embedding": jax.ShapeDtypeStruct(
-            (16, 8), "float32", sharding=NamedSharding(mesh, PartitionSpec("tensor"))
-        ),
-        "layers.gate": jax.ShapeDtypeStruct((3, 8, 6), "float32", sharding=cut),
+        "embedding": jax.ShapeDtypeStruct((16, 8), "float32", sharding=rows),
+        "layers": {"gate": jax.ShapeDtypeStruct((3, 8, 6), "float32", sharding=cut)},
     }
-    found = orbax_params.flat(orbax_params.restore(folder, orbax_params.nested(like)))
-    assert found["layers.gate"].sharding == cut
-    for name, value in values.items():
-        np.testing.assert_array_equal(found[name], value.astype(np.float32))
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(folder, like)
+    assert found["layers"]["gate"].sharding == cut
+    np.testing.assert_array_equal(found["embedding"], values["embedding"])
+    np.testing.assert_array_equal(found["layers"]["gate"], values["layers.gate"].astype(np.float32))
 
 
 def test_one_layer_is_one_chunk(folder, values):
