@@ -161,8 +161,8 @@ def evaluation(
 def _model() -> ConfigDict:
     return ConfigDict(
         {
-            # "init" (random weights of the sizes below) or a Hugging Face folder, whose own
-            # config.json then gives the sizes.
+            # "init" (random weights of the sizes below) or a Hugging Face folder (as it is, or
+            # converted by `codjax convert`), whose own config.json then gives the sizes.
             "source": "init",
             "num_layers": 2,
             "hidden_size": 64,  # D

@@ -136,7 +136,7 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     Args:
         config: of the run.
         checkpoint: "latest", "base" (step 0), a step, or a folder: of a run, of an Orbax step, or
-            of a Hugging Face model.
+            of a Hugging Face model, converted or not.
         workdir: of the run.
 
     Returns:

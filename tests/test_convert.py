@@ -25,6 +25,7 @@ from codjax import (
     learner,
     models,
     sharding,
+    validation,
     workdirs,
 )
 from codjax import chat as chats
@@ -116,6 +117,20 @@ def test_a_converted_folder_is_a_model_like_any_other(tmp_path):
     params = nnx.to_pure_dict(nnx.state(cut))
     assert jax.tree.map(lambda x: x.sharding, params) == shardings
     jax.tree.map(np.testing.assert_array_equal, nnx.state(cut), nnx.state(plain))
+
+
+def test_a_run_begins_from_a_converted_folder(tmp_path):
+    config = config_files.load(str(TINY))
+    chat = chats.load_chat(config.tokenizer.source)
+    source = write_model(tmp_path / "hf", vocab_size=chat.vocab_size)
+    convert.main(str(source), str(tmp_path / "orbax"))
+    first = {}
+    for folder in ("hf", "orbax"):
+        config.model.source = str(tmp_path / folder)
+        validation.validate(config)
+        model = build.make_model(config, chat)
+        first[folder] = build.first_params(config, model, build.make_mesh(config, model))
+    jax.tree.map(np.testing.assert_array_equal, first["hf"], first["orbax"])
 
 
 def test_a_sharded_load_reads_what_the_devices_need_and_no_stack(tmp_path, monkeypatch):
