@@ -83,7 +83,7 @@ def load_tasksets(config: ConfigDict, names: Sequence[str]) -> dict[str, TaskSet
     }
 
 
-def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
+def make_model(config: ConfigDict, chat: chats.Chat) -> models.Decoder:
     """The structure of the model, without weights: shapes stand in their place.
 
     Raises:
@@ -112,7 +112,7 @@ def make_model(config: ConfigDict, chat: chats.Chat) -> models.Qwen3:
 
 
 def first_params(
-    config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh
+    config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh
 ) -> learner.Params:
     """The weights that a run begins with, on the mesh: random, or those of the folder."""
     if config.model.source != "init":
@@ -130,7 +130,7 @@ def first_params(
     )()
 
 
-def abstract_params(model: models.Qwen3, mesh: jax.sharding.Mesh) -> learner.Params:
+def abstract_params(model: models.Decoder, mesh: jax.sharding.Mesh) -> learner.Params:
     """Shapes and shardings of the parameters, to restore them to."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -139,12 +139,12 @@ def abstract_params(model: models.Qwen3, mesh: jax.sharding.Mesh) -> learner.Par
     )
 
 
-def params_of(model: models.Qwen3) -> learner.Params:
+def params_of(model: models.Decoder) -> learner.Params:
     """The parameters of a model, as `TrainState` and the sampler hold them."""
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
+def make_mesh(config: ConfigDict, model: models.Decoder) -> jax.sharding.Mesh:
     """The mesh of `config.mesh` over the devices of this run.
 
     Raises:
@@ -158,7 +158,7 @@ def make_mesh(config: ConfigDict, model: models.Qwen3) -> jax.sharding.Mesh:
     return mesh
 
 
-def check_mesh(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh) -> None:
     """Raise unless everything that the mesh cuts divides.
 
     Raises:
@@ -245,7 +245,7 @@ def make_objective(config: ConfigDict) -> learner.Objective:
 
 def make_learner(
     config: ConfigDict,
-    model: models.Qwen3,
+    model: models.Decoder,
     mesh: jax.sharding.Mesh,
     *,
     optimizer: ConfigDict,
@@ -264,11 +264,13 @@ def make_learner(
     )
 
 
-def make_engine(config: ConfigDict, model: models.Qwen3, mesh: jax.sharding.Mesh) -> engine.Engine:
+def make_engine(
+    config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh
+) -> engine.Engine:
     """The in-process sampler; it has no weights until `load_weights`."""
     graphdef, _ = nnx.split(model)
 
-    def merged(weights: learner.Params) -> models.Qwen3:
+    def merged(weights: learner.Params) -> models.Decoder:
         return nnx.merge(graphdef, weights)
 
     cached = decoding.CachedModel(

@@ -64,7 +64,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=ocp.args.StandardSave(state.params, save_args=_apart(state.params)),
                 optimizer=ocp.args.StandardSave(optimizer),
                 loop=ocp.args.JsonSave(loop),
             ),
@@ -120,6 +120,13 @@ class Checkpoints:
         """Finish what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _apart(params: learner.Params) -> Any:
+    """Layers stored apart, so that `codjax convert` can read them one at a time."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: ocp.SaveArgs(shard_axes=(0,) if len(path) > 1 else ()), params
+    )
 
 
 def _as_tree(opt_state: Any) -> dict[str, Any]:

@@ -280,6 +280,22 @@ def _sample_text(sample: dict[str, Any]) -> str:
     )
 
 
+def _convert(_: None, options: dict[str, Any], __: list[str]) -> None:
+    for name, what in (("source", "weights to convert"), ("output", "folder to write")):
+        if not options[name]:
+            raise ConfigError(f"--{name}=DIR must be given: the {what}.")
+    from codjax import convert
+
+    _write(
+        convert.main(
+            options["source"],
+            options["output"],
+            dtype=options["dtype"],
+            max_shard_size=options["max-shard-size"],
+        )
+    )
+
+
 def _bench(_: None, options: dict[str, Any], positional: list[str]) -> None:
     from codjax import bench
 
@@ -425,6 +441,34 @@ COMMANDS = {
             ),
             Flag(name="num", default=5, placeholder="N", help="how many tasks, from the first"),
         ),
+    ),
+    "convert": Command(
+        summary="Converts weights: a Hugging Face folder to Orbax, a checkpoint to Hugging Face.",
+        run=_convert,
+        takes_config=False,
+        flags=(
+            Flag(
+                name="source",
+                default=None,
+                placeholder="DIR",
+                help="a Hugging Face folder, to Orbax; or a run, a step of it (DIR/checkpoints/50) "
+                "or a converted folder, to Hugging Face",
+            ),
+            Flag(name="output", default=None, placeholder="DIR", help="folder to write"),
+            Flag(
+                name="dtype",
+                default=None,
+                placeholder="DTYPE",
+                help="float32 or bfloat16, to store in; else each tensor's own",
+            ),
+            Flag(
+                name="max-shard-size",
+                default="5GB",
+                placeholder="SIZE",
+                help="of a safetensors file",
+            ),
+        ),
+        epilogue="The same command goes on with what an interrupted one left.",
     ),
     "bench": Command(
         summary="Runs the project's benchmarks, one or all; prints a table.",

@@ -162,8 +162,8 @@ def evaluation(
 def _model() -> ConfigDict:
     return ConfigDict(
         {
-            # "init" (random weights of the sizes below) or a Hugging Face folder, whose own
-            # config.json then gives the sizes.
+            # "init" (random weights of the sizes below) or a Hugging Face folder (as it is, or
+            # converted by `codjax convert`), whose own config.json then gives the sizes.
             "source": "init",
             "vocab_size": config_dict.placeholder(int),  # V; unset: the tokenizer's
             "family": "qwen3",  # "qwen3" | "qwen2" | "llama" | "qwen3_moe"; see docs/models.md

@@ -139,7 +139,7 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     Args:
         config: of the run.
         checkpoint: "latest", "base" (step 0), a step, or a folder: of a run, of an Orbax step, or
-            of a Hugging Face model.
+            of a Hugging Face model, converted or not.
         workdir: of the run.
 
     Returns:
@@ -301,7 +301,7 @@ def _show_packs(runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]]) ->
 
 def _candidates(
     config: ConfigDict,
-    model: models.Qwen3,
+    model: models.Decoder,
     mesh: jax.sharding.Mesh,
     checkpoint: str | int,
     workdir: str,
@@ -336,7 +336,9 @@ def _candidates(
         store.close()
 
 
-def _check_same_model(folder: pathlib.Path, published: models.Qwen3, model: models.Qwen3) -> None:
+def _check_same_model(
+    folder: pathlib.Path, published: models.Decoder, model: models.Decoder
+) -> None:
     """Weights alone do not tell the sizes of heads or the rotary base: those are the config's."""
     found, wanted = published.config.to_hf(), model.config.to_hf()
     # The longest text that is served changes no weight; a family may lack fields of another.

@@ -27,7 +27,7 @@ from flax import nnx
 
 from codjax import logprobs as logprobs_lib
 from codjax import losses, masked, sharding, types
-from codjax.models import Qwen3
+from codjax.models import Decoder
 
 Params = Any  # nested dict of arrays, as nnx.to_pure_dict gives it
 Metrics = dict[str, jax.Array]
@@ -78,7 +78,7 @@ class Learner:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: Decoder,
         *,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,

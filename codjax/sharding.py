@@ -165,7 +165,7 @@ def spec(axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
-def param_shardings(model: models.Qwen3, mesh: Mesh) -> dict[str, Any]:
+def param_shardings(model: models.Decoder, mesh: Mesh) -> dict[str, Any]:
     """Sharding of every parameter, in the nested dict of ``nnx.to_pure_dict(nnx.state(model))``.
 
     Args:
@@ -244,15 +244,14 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put_one, tree, shardings)
 
 
-def place(mesh: Mesh) -> Callable[[np.ndarray, tuple[str, ...]], jax.Array]:
-    """A function that puts a host array, given with its logical axes, on the mesh.
+def place(mesh: Mesh) -> Callable[[tuple[int, ...], tuple[str, ...]], NamedSharding]:
+    """A function that gives the sharding of a parameter, from its shape and logical axes.
 
-    Every process holds the whole array and sends its own devices their parts.
+    Raises, when called, ValueError: an axis does not divide, as `check_divisible` says.
     """
 
-    def put(array: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
-        check_divisible(dict(zip(axes, array.shape, strict=True)), mesh.shape)
-        sharding = NamedSharding(mesh, spec(axes))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def sharding(shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
+        check_divisible(dict(zip(axes, shape, strict=True)), mesh.shape)
+        return NamedSharding(mesh, spec(axes))
 
-    return put
+    return sharding

@@ -93,7 +93,7 @@ class _Run:
     config: ConfigDict
     chat: chats.Chat
     tasksets: Mapping[str, build.TaskSet]
-    model: models.Qwen3  # without weights
+    model: models.Decoder  # without weights
     mesh: jax.sharding.Mesh
     learner: learner.Learner
     sampler: engine.Engine

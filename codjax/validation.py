@@ -134,7 +134,7 @@ def _is_open(key: str) -> bool:
 
 def _check_model(model: ConfigDict) -> None:
     if model.source != "init":
-        why = 'it is "init" or a Hugging Face folder on this machine, with a config.json'
+        why = 'it is "init" or a Hugging Face or converted folder here, with a config.json'
         found = (pathlib.Path(model.source).expanduser() / "config.json").is_file()
         checks.require(found, "model.source", "name a model", why, model.source)
         return

@@ -126,7 +126,7 @@ def run(
     config: ConfigDict,
     *,
     chat: chats.Chat,
-    model: models.Qwen3,
+    model: models.Decoder,
     params: learner.Params,
     mesh: jax.sharding.Mesh,
     tasksets: Sequence[build.TaskSet],

@@ -50,6 +50,8 @@ FLOORS = {
     "codjax.train": 4,
     "codjax.plan": 4,
     "codjax.bench": 4,
+    "codjax.convert": 4,
+    "codjax.weight_sources": 4,
     "codjax.cli": 4,
     "codjax.__main__": 4,
 }

@@ -118,7 +118,7 @@ def bench(
     return material.compare(rows, {"x_seconds": "replay_s", "x_cpu": "cpu_s"})
 
 
-def _contender(model: models.Qwen3, group: material.Group, *, reuses: bool) -> _Contender:
+def _contender(model: models.Decoder, group: material.Group, *, reuses: bool) -> _Contender:
     turns = [turn for run in group for episode in run.episodes for turn in episode.turns]
     longest = max(len(turn.prompt_tokens) + len(turn.response_tokens) for turn in turns)
     config = default_config()

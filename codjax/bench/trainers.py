@@ -135,7 +135,7 @@ def _codjax_learner(job: Job, way: Way, material: Material) -> Any:
     )
     config = models.DecoderConfig(**job.model, remat=way.remat)
     return learner.Learner(
-        models.Qwen3(config, {name: jnp.asarray(x) for name, x in material.weights.items()}),
+        models.Decoder(config, {name: jnp.asarray(x) for name, x in material.weights.items()}),
         optimizer=job.optimizer(),
         schedule=optax.constant_schedule(job.learning_rate),
         objective=objective,

@@ -11,13 +11,10 @@ from codjax.models.decoder import Decoder, init, logical_axes
 from codjax.models.scoring import score, score_rows
 from codjax.models.weights import from_pretrained, read_config, save_pretrained
 
-Qwen3 = Decoder  # the name from when there was one family
-
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "KVCache",
-    "Qwen3",
     "RopeScaling",
     "extend",
     "from_pretrained",

@@ -111,7 +111,7 @@ def make_plan(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 def _learner(
     config: ConfigDict, topology: str
-) -> tuple[learner.Learner, models.Qwen3, jax.sharding.Mesh]:
+) -> tuple[learner.Learner, models.Decoder, jax.sharding.Mesh]:
     mesh, model = _mesh_and_model(config, topology)
     made = build.make_learner(
         config,

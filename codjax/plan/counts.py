@@ -32,7 +32,7 @@ class Work(NamedTuple):
     head_in_forward: bool  # gradients of the loss head are made in the forward pass
 
 
-def operations(model: models.Qwen3, work: Work) -> dict[str, float]:
+def operations(model: models.Decoder, work: Work) -> dict[str, float]:
     """Floating-point operations of a micro-batch on all devices together.
 
     Returns:
@@ -58,7 +58,7 @@ def operations(model: models.Qwen3, work: Work) -> dict[str, float]:
     }
 
 
-def num_parameters(model: models.Qwen3) -> int:
+def num_parameters(model: models.Decoder) -> int:
     """Parameters of the model."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model)))
 
@@ -81,7 +81,7 @@ def matrix_operations(jaxpr: Any) -> float:
     return total
 
 
-def _layer_operations(model: models.Qwen3, work: Work) -> tuple[float, float]:
+def _layer_operations(model: models.Decoder, work: Work) -> tuple[float, float]:
     """Of the forward pass, and of forward, backward and what is rematerialised between them."""
     graphdef, variables = nnx.split(model)
     params = nnx.to_pure_dict(variables)
