@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
 import re
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from codjax_kernels import hlo, topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from codjax import learner
 
@@ -75,9 +78,23 @@ def _compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled
     """
     with tempfile.TemporaryDirectory(prefix="codjax-plan-") as folder:
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        made = lowered.compile(compiler_options=options)
+        with _without_cache():
+            made = lowered.compile(compiler_options=options)
         (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
         return made, path.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """No persistent compilation cache: what it holds has no text and needs devices to be read."""
+    was_on = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_on)
+        compilation_cache.reset_cache()
 
 
 def by_kind_and_axes(

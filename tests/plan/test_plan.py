@@ -3,9 +3,11 @@
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from codjax_kernels import hlo
+from codjax_kernels import hlo, topologies
 
 from codjax import cli, config_files, plan
 from codjax.checks import ConfigError
@@ -88,6 +90,27 @@ def test_a_small_plan(config_path, tmp_path, capsys):
     assert floor["floor_s"] == max(floor[f"{name}_s"] for name in ("compute", "memory", "links"))
     assert bounds["tokens_per_s"] == pytest.approx(2 * 256 / floor["floor_s"])
     assert 0 < bounds["mfu"] <= made["operations"]["model"] / made["operations"]["hardware"]
+
+
+@needs_libtpu
+def test_a_program_that_a_cache_has_is_compiled_again(tmp_path):
+    mesh = topologies.mesh("v5e:1x1", {"a": 1})
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shape = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=placed)
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        jax.jit(jnp.dot).trace(shape, shape).lower(lowering_platforms=("tpu",)).compile()
+        for _ in range(2):
+            traced = jax.jit(jnp.dot).trace(shape, shape)
+            found = compiled.compile_program(traced, mesh, unknown_trips=1)
+            assert found["memory"]["outputs"] == 4 * 256**2
+            assert found["memory_bytes"] > 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 @needs_libtpu
