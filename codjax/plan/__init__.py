@@ -148,7 +148,7 @@ def _head_turns(work: counts.Work, mesh: jax.sharding.Mesh) -> int:
 
     Its loops end with the entries of the batch at hand, so that the program cannot tell.
     """
-    rows = work.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = work.rows // math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
     return max(1, math.ceil(rows * work.scored_per_row / _HEAD_BLOCK))
 
 

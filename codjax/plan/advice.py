@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from codjax import checks, validation
+from codjax import checks, sharding, validation
 
 _LOG = logging.getLogger(__name__)
 _MAX_COMPILES = 10
@@ -23,19 +24,23 @@ Changes = dict[str, Any]  # config key → value
 Mesh = Mapping[str, int]
 
 
+def _row_parts(mesh: Mesh) -> int:
+    return math.prod(mesh[axis] for axis in sharding.RULES["batch"])
+
+
 def _remat(config: ConfigDict, mesh: Mesh) -> Changes:
     return {"model.remat": "full"} if config.model.remat != "full" else {}
 
 
 def _fewer_rows(config: ConfigDict, mesh: Mesh) -> Changes:
-    rows, least = config.batching.rows_per_microbatch, mesh["data"] * mesh["fsdp"]
+    rows, least = config.batching.rows_per_microbatch, _row_parts(mesh)
     if rows <= least:
         return {}
     return {"batching.rows_per_microbatch": max(least, rows // 2 // least * least)}
 
 
 def _fewest_rows(config: ConfigDict, mesh: Mesh) -> Changes:
-    rows, least = config.batching.rows_per_microbatch, mesh["data"] * mesh["fsdp"]
+    rows, least = config.batching.rows_per_microbatch, _row_parts(mesh)
     return {"batching.rows_per_microbatch": least} if rows > least else {}
 
 
