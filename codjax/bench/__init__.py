@@ -77,12 +77,12 @@ def main(name: str | None, output: str | None, **arguments: Any) -> dict[str, An
             "sizes": _sizes(BENCHES[chosen]) | arguments,
             "rows": rows,
         }
+        if output is not None:  # before anything else: some take an hour
+            path = pathlib.Path(output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for title, part in (rows if isinstance(rows, dict) else {chosen: rows}).items():
             console.print(table(title, part))
-    if output is not None:
-        path = pathlib.Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -60,7 +60,7 @@ def scored_loss(  # noqa: PLR0917 - custom_vjp takes arguments by position
 ) -> tuple[Array, Array, Array]:
     """See `codjax_kernels.scored_loss`."""
     logprobs_BK, entropy_BK = scored_logprobs(setting, hidden, table, scored)
-    return _total(loss, logprobs_BK, entropy_BK, operands), logprobs_BK, entropy_BK
+    return total_of(loss, logprobs_BK, entropy_BK, operands), logprobs_BK, entropy_BK
 
 
 def _loss_forward(  # noqa: PLR0917 - as `scored_loss`
@@ -92,7 +92,7 @@ def _loss_forward(  # noqa: PLR0917 - as `scored_loss`
         (specs.entry, specs.entry, specs.hidden, specs.table),
     )
     logprobs_BK, entropy_BK, hidden_bar, table_bar = run(hidden, table, scored, operands)
-    results = (_total(loss, logprobs_BK, entropy_BK, operands), logprobs_BK, entropy_BK)
+    results = (total_of(loss, logprobs_BK, entropy_BK, operands), logprobs_BK, entropy_BK)
     return results, (hidden_bar, table_bar)
 
 
@@ -109,7 +109,8 @@ def _loss_backward(
 scored_loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _total(loss: Loss, logprobs_BK: Array, entropy_BK: Array, operands: Any) -> Array:
+def total_of(loss: Loss, logprobs_BK: Array, entropy_BK: Array, operands: Any) -> Array:
+    """The loss of entries, which it gets in one line."""
     return loss(logprobs_BK.reshape(-1), entropy_BK.reshape(-1), _flat(operands))
 
 

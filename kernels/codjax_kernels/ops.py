@@ -15,13 +15,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from codjax_kernels import in_forward, kl, logprobs
+from codjax_kernels.checks import (
+    AnyArray,
+    Temperature,
+    check_entries,
+    check_in_forward,
+    check_loss_operands,
+    check_operands,
+    check_temperature,
+)
 from codjax_kernels.dispatch import Interpret, choose
 from codjax_kernels.in_forward import Loss
 from codjax_kernels.mesh import Scored, check_layout, on_mesh
 from codjax_kernels.records import Layout, Rows, Teacher
-
-AnyArray = Array | np.ndarray
-Temperature = float | int | Float[AnyArray, "..."]
 
 
 def token_logprobs(  # noqa: PLR0917 - the order is public
@@ -69,15 +75,14 @@ def token_logprobs(  # noqa: PLR0917 - the order is public
         ValueError: unknown implementation, or shapes that do not fit together.
     """
     hidden, unembedding, targets = map(jnp.asarray, (hidden, unembedding, targets))
-    _check_operands("token_logprobs", hidden, unembedding, width_at=1)
-    if targets.shape not in {hidden.shape[:1], (hidden.shape[0], *targets.shape[1:2])} or (
-        0 in targets.shape[1:]
-    ):
+    check_operands("token_logprobs", "[K D]", hidden, unembedding)
+    fits = targets.ndim in {1, 2} and targets.shape[:1] == hidden.shape[:1]
+    if not fits or 0 in targets.shape[1:]:
         raise ValueError(
             "token_logprobs takes targets [K] or [K J] for hidden [K D], J at least 1; got "
             f"{targets.shape} and {hidden.shape}."
         )
-    _check_temperature("token_logprobs", temperature, targets.shape[:1])
+    check_temperature("token_logprobs", temperature, targets.shape[:1])
     if layout is not None and layout.rows:
         raise ValueError(
             "token_logprobs knows no rows: name the mesh axes that cut K in layout.tokens; got "
@@ -133,7 +138,7 @@ def scored_logprobs(
     """
     setting = _setting(implementation, interpret, chunk_size, layout, entropy_gradient)
     hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
-    _check_entries("scored_logprobs", hidden, unembedding, source, target, is_valid, temperature)
+    check_entries("scored_logprobs", hidden, unembedding, source, target, is_valid, temperature)
     if not target.size:
         return jnp.zeros(target.shape, jnp.float32), jnp.zeros(target.shape, jnp.float32)
     scored = _scored(unembedding, source, target, is_valid, temperature)
@@ -186,18 +191,14 @@ def scored_loss(
             do not fit together.
     """
     setting = _setting(implementation, interpret, chunk_size, layout, entropy_gradient)
-    _check_in_forward(setting, implementation, instead="scored_logprobs")
+    check_in_forward(setting.passes, implementation, instead="scored_logprobs")
     hidden, unembedding = jnp.asarray(hidden), jnp.asarray(unembedding)
-    _check_entries("scored_loss", hidden, unembedding, source, target, is_valid, temperature)
+    check_entries("scored_loss", hidden, unembedding, source, target, is_valid, temperature)
     scored = _scored(unembedding, source, target, is_valid, temperature)
     operands = jax.tree.map(jnp.asarray, operands)
-    _check_loss_operands("scored_loss", operands, scored.target.shape)
+    check_loss_operands("scored_loss", operands, scored.target.shape)
     if not target.size:
-        nothing = jnp.zeros(0, jnp.float32)
-        total = loss(
-            nothing, nothing, jax.tree.map(lambda x: x.reshape(-1) if x.ndim else x, operands)
-        )
-        return total, jnp.zeros(target.shape, jnp.float32), jnp.zeros(target.shape, jnp.float32)
+        return _loss_of_nothing(loss, operands, target.shape)
     return in_forward.scored_loss(setting, loss, hidden, unembedding, scored, operands)
 
 
@@ -221,20 +222,19 @@ def token_loss(
     the loss says has no gradient.
     """
     setting = _setting(implementation, interpret, chunk_size, None, entropy_gradient)
-    _check_in_forward(setting, implementation, instead="token_logprobs")
+    check_in_forward(setting.passes, implementation, instead="token_logprobs")
     hidden, unembedding, targets = map(jnp.asarray, (hidden, unembedding, targets))
-    _check_operands("token_loss", hidden, unembedding, width_at=1)
+    check_operands("token_loss", "[K D]", hidden, unembedding)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"token_loss takes targets [K] for hidden [K D]; got {targets.shape} and "
             f"{hidden.shape}."
         )
-    _check_temperature("token_loss", temperature, targets.shape)
+    check_temperature("token_loss", temperature, targets.shape)
     operands = jax.tree.map(jnp.asarray, operands)
-    _check_loss_operands("token_loss", operands, targets.shape)
+    check_loss_operands("token_loss", operands, targets.shape)
     if not targets.size:
-        nothing = jnp.zeros(0, jnp.float32)
-        return loss(nothing, nothing, operands), nothing, nothing
+        return _loss_of_nothing(loss, operands, targets.shape)
     scored = _one_line(hidden, unembedding, targets, temperature, num_valid, None)
     operands = jax.tree.map(lambda x: x[None] if x.ndim else x, operands)
     total, found, entropy = in_forward.scored_loss(
@@ -278,17 +278,16 @@ def token_kl(
     """
     made = (hidden, unembedding, teacher_hidden, teacher_unembedding)
     hidden, unembedding, teacher_hidden, teacher_unembedding = map(jnp.asarray, made)
-    fits = (
-        hidden.shape[1:] == unembedding.shape[1:]
-        and teacher_hidden.shape[1:] == teacher_unembedding.shape[1:]
-        and teacher_hidden.shape[0] == hidden.shape[0]
-        and teacher_unembedding.shape[0] == unembedding.shape[0]
-    )
-    if not fits:
+    check_operands("token_kl", "[K D]", hidden, unembedding)
+    check_operands("token_kl, of the teacher,", "[K D]", teacher_hidden, teacher_unembedding)
+    pairs = (hidden, teacher_hidden), (unembedding, teacher_unembedding)
+    if any(ours.shape[0] != other.shape[0] or ours.dtype != other.dtype for ours, other in pairs):
         raise ValueError(
             "token_kl takes hidden [K D], unembedding [V D], teacher_hidden [K E] and "
-            f"teacher_unembedding [V E]; got {[x.shape for x in made]}."
+            f"teacher_unembedding [V E] of one dtype; got {[x.shape for x in made]} of "
+            f"{[str(x.dtype) for x in made]}."
         )
+    check_temperature("token_kl", temperature, hidden.shape[:1])
     passes = _setting(implementation, interpret, chunk_size, None, False).passes
     if passes.kl_statistics is None:
         raise ValueError(
@@ -379,71 +378,11 @@ def _setting(
     return logprobs.Setting(passes, layout, entropy_gradient)
 
 
-def _check_operands(name: str, hidden: Array, unembedding: Array, *, width_at: int) -> None:
-    shapes = "[K D]" if width_at == 1 else "[B T D]"
-    fits = (
-        hidden.ndim == width_at + 1
-        and unembedding.ndim == 2
-        and hidden.shape[width_at] == unembedding.shape[1]
-    )
-    if not fits or hidden.dtype != unembedding.dtype:
-        raise ValueError(
-            f"{name} takes hidden {shapes} and unembedding [V D] of one dtype; got "
-            f"{hidden.dtype}{list(hidden.shape)} and {unembedding.dtype}{list(unembedding.shape)}."
-        )
-
-
-def _check_temperature(name: str, temperature: Temperature, shape: tuple[int, ...]) -> None:
-    if np.shape(temperature) not in {(), shape}:
-        raise ValueError(
-            f"{name} takes a temperature, or one an entry {list(shape)}; got an array of shape "
-            f"{list(np.shape(temperature))}."
-        )
-    if not isinstance(temperature, jax.Array) and np.any(np.asarray(temperature) <= 0):
-        raise ValueError(
-            f"temperature must be above 0, since logits are divided by it; got {temperature}. "
-            "Greedy choice is no distribution: score with temperature 1."
-        )
-
-
-def _check_entries(  # noqa: PLR0917 - the arguments of the callers, in their order
-    name: str,
-    hidden: Array,
-    unembedding: Array,
-    source: AnyArray,
-    target: AnyArray,
-    is_valid: AnyArray | None,
-    temperature: Temperature,
-) -> None:
-    _check_operands(name, hidden, unembedding, width_at=2)
-    others = {"source": source, "target": target, "is_valid": is_valid}
-    shapes = {key: np.shape(x) for key, x in others.items() if x is not None}
-    fits = len(set(shapes.values())) == 1 and len(shapes["target"]) == 2
-    if not fits or shapes["target"][0] != hidden.shape[0]:
-        raise ValueError(
-            f"{name} takes source, target and is_valid [B K] for hidden [B T D]; got {shapes} and "
-            f"{hidden.shape}."
-        )
-    _check_temperature(name, temperature, shapes["target"])
-
-
-def _check_loss_operands(name: str, operands: Any, shape: tuple[int, ...]) -> None:
-    wrong = [x.shape for x in jax.tree.leaves(operands) if x.shape not in {(), shape}]
-    if wrong:
-        raise ValueError(
-            f"the operands of {name} are numbers and arrays of the entries' shape, {shape}; got an "
-            f"array of shape {wrong[0]}."
-        )
-
-
-def _check_in_forward(
-    setting: logprobs.Setting, implementation: str | None, *, instead: str
-) -> None:
-    if setting.passes.stored_statistics is None:
-        raise ValueError(
-            f"implementation {implementation!r} does not make gradients in the forward pass; use "
-            f"{instead} and automatic differentiation, or implementation 'xla'."
-        )
+def _loss_of_nothing(
+    loss: Loss, operands: Any, shape: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+    nothing = jnp.zeros(shape, jnp.float32)
+    return in_forward.total_of(loss, nothing, nothing, operands), nothing, nothing
 
 
 def _one_line(  # noqa: PLR0917 - the arguments of the callers, in their order

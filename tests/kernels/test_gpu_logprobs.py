@@ -208,9 +208,20 @@ def test_compiles_for_an_h100_without_spills(monkeypatch, num_rows, width, vocab
     assert backward.temp_bytes < staged + 14 * (num_rows + 128) * width + 2 * table.size
 
 
-def test_check_without_a_gpu_says_what_needs_none(capsys):
+def check_gpu_kernels():
+    """Exit status of the script."""
     path = pathlib.Path(__file__).parents[2] / "scripts" / "check_gpu_kernels.py"
-    check = runpy.run_path(str(path))
-    assert check["main"]([]) == 2
+    return runpy.run_path(str(path))["main"]([])
+
+
+@needs_new_jax
+def test_check_without_a_gpu_says_what_needs_none(capsys):
+    assert check_gpu_kernels() == 2
     assert "no Hopper GPU here" in (message := capsys.readouterr().err)
     assert "--compile-only" in message
+
+
+@pytest.mark.skipif(IS_NEW, reason="for jax < 0.12")
+def test_check_with_an_old_jax_says_so(capsys):
+    assert check_gpu_kernels() == 2
+    assert "needs jax >= 0.12 (Python >= 3.12); this is jax" in capsys.readouterr().err

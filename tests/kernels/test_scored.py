@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from codjax_kernels import (
     Layout,
+    checks,
     extras,
-    ops,
     reference,
     scored_logprobs,
     scored_loss,
@@ -457,7 +457,7 @@ class TestRefused:
         # By itself: the type checks of tests would be faster.
         hidden, table, source, target, _, _ = problem()
         with pytest.raises(ValueError, match=r"source, target and is_valid \[B K\].*\(1, 6, 8\)"):
-            ops._check_entries(
+            checks.check_entries(
                 "scored_loss",
                 jnp.asarray(hidden[:1]),
                 jnp.asarray(table),

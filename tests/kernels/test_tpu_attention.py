@@ -116,22 +116,6 @@ def test_slices_of_queries():
             np.testing.assert_allclose(value, truth, atol=2e-5)
 
 
-def test_known_forest_equals_traced():
-    shape = SHAPES[0]
-    rng = np.random.default_rng(3)
-    inputs, ends = problem(rng, shape), forests.chains(rng, *shape[:2])
-
-    @jax.jit
-    def known(q, k, v, out_bar):
-        def attend(q, k, v):
-            return attention.forest_attention(q, k, v, ends, interpret=True, block_sizes=UNLIKE)
-
-        return value_and_gradients(attend, q, k, v, out_bar)
-
-    for value, expected in zip(known(*inputs), kernels(*inputs, ends), strict=True):
-        np.testing.assert_allclose(value, expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 def test_forest_equals_duplicated_rows(dtype, bound):
     # 0-129 ─┬─ 130-179 ─┬─ 180-239

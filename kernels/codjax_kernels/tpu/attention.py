@@ -33,24 +33,12 @@ from codjax_kernels.tpu.attention_forward import forward
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 64, 256, 8
 
 
-class _HostArray(NamedTuple):
-    """A numpy array that is part of the program: hashed and compared by content."""
-
-    content: bytes
-    shape: tuple[int, ...]
-
-    def array(self) -> Int[np.ndarray, "B T"]:
-        return np.frombuffer(self.content, np.int32).reshape(self.shape)
-
-
 class _Plan(NamedTuple):
     """What is fixed when the program is traced."""
 
     blocks: AttentionBlocks
     vmem_bytes: int
     interpret: Any
-    known_end: _HostArray | None  # subtree ends, if known
-    known_start: int | None
 
 
 def forest_attention(
@@ -64,9 +52,6 @@ def forest_attention(
     block_sizes: AttentionBlocks | None = None,
 ) -> Float[Array, "B Q N H"]:
     """See `codjax_kernels.forest_attention`; here with any slice of a row's queries.
-
-    A numpy `subtree_end` with an int `query_start` makes the list of blocks while tracing, and the
-    grid of static length: for benchmarks in the compiler's simulator, and for fixed forests.
 
     Args:
         q: queries of the tokens ``query_start … query_start + Q - 1`` of every row.
@@ -93,17 +78,13 @@ def forest_attention(
             "'xla' takes any."
         )
     chip = tuned.chip(is_interpreted=bool(interpret))
-    known = isinstance(subtree_end, np.ndarray) and isinstance(query_start, int)
-    end = subtree_end.astype(np.int32)
     plan = _Plan(
         attention_blocks.of_chip(chip) if block_sizes is None else block_sizes,
         chip.vmem_bytes,
         interpret,
-        _HostArray(end.tobytes(), end.shape) if known else None,
-        query_start if isinstance(query_start, int) else None,
     )
-    start = jnp.asarray(query_start, jnp.int32)
-    return _attend(q, k, v, jnp.asarray(end), start, plan)
+    end, start = (jnp.asarray(x, jnp.int32) for x in (subtree_end, query_start))
+    return _attend(q, k, v, end, start, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -118,7 +99,7 @@ def _attend_forward(  # noqa: PLR0917
 ) -> tuple[Array, tuple[Array, ...]]:
     num_kv_heads = k.shape[2]
     queries, keys, values = (_by_kv_head(x, num_kv_heads) for x in (q, k, v))
-    layout = _layout(plan, plan.blocks.forward, queries, end, start)
+    layout = _layout(plan.blocks.forward, queries, end, start)
     out, log_normaliser = forward(
         tiles.join_rows(queries, layout.block_q),
         tiles.join_rows(keys, layout.block_k),
@@ -163,9 +144,9 @@ def _attend_backward(
         "vmem_bytes": plan.vmem_bytes,
         "interpret": plan.interpret,
     }
-    layout = _layout(plan, plan.blocks.query_gradient, queries, end, start)
+    layout = _layout(plan.blocks.query_gradient, queries, end, start)
     q_bar = finish(backward.query_gradient(operands(layout), layout, **options), layout, queries)
-    layout = _layout(plan, plan.blocks.key_value_gradient, queries, end, start, key_major=True)
+    layout = _layout(plan.blocks.key_value_gradient, queries, end, start, key_major=True)
     k_bar, v_bar = (
         finish(bar, layout, keys)
         for bar in backward.key_value_gradient(operands(layout), layout, **options)
@@ -177,7 +158,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _layout(
-    plan: _Plan,
     blocks: attention_blocks.Blocks,
     queries: Array,
     end: Array,
@@ -186,8 +166,8 @@ def _layout(
     key_major: bool = False,
 ) -> tiles.Layout:
     return tiles.layout(
-        end if plan.known_end is None else plan.known_end.array(),
-        start if plan.known_start is None else plan.known_start,
+        end,
+        start,
         num_queries=queries.shape[2],
         group=queries.shape[3],
         blocks=blocks,

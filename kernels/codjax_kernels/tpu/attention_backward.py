@@ -118,11 +118,9 @@ def _query_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917 - the order o
         num_keys = keys.stop
         scores = tiles.dot(q[rows], k[keys], contract=(1, 1))
         if masked:
-            key = tiles.numbered(pairs.minor_block(word) * block_k, (1, num_keys), 1)
             first_query = query_start[pairs.major_block(word)] + part.queries.start
-            query = tiles.numbered(first_query, scores.shape, 0, repeats=group)
-            sees = tiles.sees(query, key, subtree_size[:, keys])
-            scores = jnp.where(sees, scores, tiles.MASKED_SCORE)
+            first_key = pairs.minor_block(word) * block_k
+            scores = tiles.masked(scores, first_query, first_key, subtree_size[:, keys], group)
         if turn is tiles.Turn.FINISHES:
             log, of_out = tiles.column(log_normaliser[:, rows]), tiles.column(delta[:, rows])
         else:

@@ -13,11 +13,12 @@ keys, values    0.96   0.75  0.97   0.76  2.27   2.08
 ==============  ===========  ===========  ===========
 
 Below 1, because tiles on the diagonal leave out up to 3/8 of the products that are counted here;
-strips of 256 tokens instead of 128 take 5 to 20 % more on v5e. The matrix units of v6e and tpu7x
+strips of 256 tokens instead of 128 take 2 to 15 % more on v5e. The matrix units of v6e and tpu7x
 are 256 wide and heads of 128 fill half of them, so that 2 is the least there without strips.
 
-Forward blocks of 1,024 keys take 15 % less a token pair on v6e (1 % on v5e), and visit a third more
-of them for segments of 1,024 tokens. Blocks of 256 queries take 10 % more on v5e.
+Before diagonal tiles were done in strips, forward blocks of 1,024 keys took 15 % less a token pair
+on v6e (1 % on v5e) and visited a third more of them for segments of 1,024 tokens, and blocks of 256
+queries took 10 % more on v5e.
 """
 
 from __future__ import annotations

@@ -291,6 +291,19 @@ def numbered(
     return first + index
 
 
+def masked(
+    scores: Float[Array, "rows keys"],
+    first_query: Array,
+    first_key: Array,
+    subtree_size: Int[Array, "1 keys"],
+    group: int,
+) -> Float[Array, "rows keys"]:
+    """Scores with MASKED_SCORE where a query, of `group` heads each, does not see a key."""
+    key = numbered(first_key, subtree_size.shape, 1)
+    query = numbered(first_query, scores.shape, 0, repeats=group)
+    return jnp.where(sees(query, key, subtree_size), scores, MASKED_SCORE)
+
+
 def sees(query: Array, key: Array, subtree_size: Array) -> Bool[Array, "rows columns"]:
     """The mask of a tile: ``0 <= query - key < subtree_size``, in one comparison.
 
