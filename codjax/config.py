@@ -290,6 +290,9 @@ def _optimizer(*, learning_rate: float) -> ConfigDict:
             # of the first moment; "bfloat16" saves 2 bytes a parameter. The second moment changes
             # by 1 - b2 of itself, less than a step of bfloat16, and stays in float32.
             "momentum_dtype": "float32",
+            # "full": a number a parameter | "factored": one a row and one a column of each matrix
+            # (Adafactor), which saves 4 bytes a parameter; see codjax/optim.py
+            "second_moment": "full",
         }
     )
 

@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 
 from codjax import logprobs as logprobs_lib
-from codjax import losses, masked, sharding, types
+from codjax import losses, masked, optim, sharding, types
 from codjax.models import Decoder
 
 Params = Any  # nested dict of arrays, as nnx.to_pure_dict gives it
@@ -246,14 +246,7 @@ class Learner:
         return parts
 
     def _state_shardings(self) -> TrainState:
-        """Every optimizer moment lies as its parameter does; the rest is replicated."""
-        opt_state = optax.tree_utils.tree_map_params(
-            self._optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self._init_fn, self._shapes),
-            self.param_shardings,
-            transform_non_params=lambda _: self._replicated,
-        )
+        opt_state = optim.moment_shardings(self._optimizer, self._shapes, self.param_shardings)
         return TrainState(self.param_shardings, opt_state, self._replicated)
 
     def _init_fn(self, params: Params) -> optax.OptState:

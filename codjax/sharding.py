@@ -241,7 +241,9 @@ def put(tree: Any, shardings: Any) -> Any:
         whole = np.asarray(array)
         return jax.make_array_from_callback(whole.shape, to, lambda index: whole[index])
 
-    return jax.tree.map(put_one, tree, shardings)
+    # The one door for arrays of the host, so that all else may be under a transfer guard.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(put_one, tree, shardings)
 
 
 def place(mesh: Mesh) -> Callable[[tuple[int, ...], tuple[str, ...]], NamedSharding]:

@@ -49,8 +49,10 @@ NAMES = {
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "optimizer.momentum_dtype": ("float32", "bfloat16"),
+    "optimizer.second_moment": ("full", "factored"),
     "warmup.optimizer.schedule": ("constant", "cosine", "linear"),
     "warmup.optimizer.momentum_dtype": ("float32", "bfloat16"),
+    "warmup.optimizer.second_moment": ("full", "factored"),
 }
 BUILTIN_TOKENIZERS = ("builtin:bytes", "builtin:symbols")
 SPLITS = ("train", "test")

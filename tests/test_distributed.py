@@ -191,7 +191,8 @@ def run_each(*commands):
                 "CODJAX_COORDINATOR": f"127.0.0.1:{port}",
                 "CODJAX_NUM_PROCESSES": str(len(commands)),
                 "CODJAX_PROCESS_ID": str(index),
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
+                " --xla_cpu_enable_concurrency_optimized_scheduler=false",
             },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -46,7 +46,8 @@ def test_local():
         [
             "env",
             "JAX_PLATFORMS=cpu",
-            "XLA_FLAGS=--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS=--xla_force_host_platform_device_count=4"
+            " --xla_cpu_enable_concurrency_optimized_scheduler=false",
             "CODJAX_COORDINATOR=127.0.0.1:9000",
             "CODJAX_NUM_PROCESSES=2",
             f"CODJAX_PROCESS_ID={index}",

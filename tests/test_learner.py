@@ -7,10 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from codjax import batching, build, learner, losses, models, sharding, types
+from codjax import batching, build, learner, losses, models, optim, sharding, types
+from codjax.config import default_config
 from tests import small
 
 CONFIG = small.decoder_config(remat="full")
+EXPERTS = small.decoder_config(
+    remat="full", family="qwen3_moe", num_experts=4, experts_per_token=2, moe_intermediate_size=12
+)
 
 
 def objective(**changes):
@@ -85,19 +89,12 @@ def test_a_forest_trains_as_every_sequence_alone(seed):
 
 
 def test_experts_train_the_same_in_a_forest_and_on_a_mesh_that_cuts_them():
-    config = small.decoder_config(
-        remat="full",
-        family="qwen3_moe",
-        num_experts=4,
-        experts_per_token=2,
-        moe_intermediate_size=12,
-    )
     sequences = family(1)
     forest = pad_rows(batching.build_batch(sequences, 24), 8)
     plain = pad_rows(batching.build_batch(sequences, 24, share_prefixes=False), 16)
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, expert=2)
-    alone = loss_and_grads(plain, config=config, rows=16)
-    assert_same(loss_and_grads(forest, config=config, rows=8, mesh=mesh), alone)
+    alone = loss_and_grads(plain, config=EXPERTS, rows=16)
+    assert_same(loss_and_grads(forest, config=EXPERTS, rows=8, mesh=mesh), alone)
 
 
 def test_sequence_level_ratios_survive_the_forest_too():
@@ -159,9 +156,17 @@ def test_eight_devices_are_one(axes):
     mesh = sharding.make_mesh(*axes)
     batch = batching.build_batch(family(2), 24, num_rows=8)
     options = {"rows": 8, "entropy_coef": 0.1}
-    assert_same(
-        loss_and_grads(batch, mesh=mesh, **options), loss_and_grads(batch, **options), rtol=2e-5
-    )
+    assert_same(loss_and_grads(batch, mesh=mesh, **options), loss_and_grads(batch, **options))
+
+
+@pytest.mark.parametrize(
+    "axes", [(1, 8, 1, 1, 1), (2, 1, 1, 1, 4), (1, 1, 1, 2, 4), (1, 1, 2, 2, 2)]
+)
+def test_eight_devices_with_experts_are_one(axes):
+    mesh = sharding.make_mesh(*axes)
+    batch = batching.build_batch(family(2), 24, num_rows=8)
+    options = {"rows": 8, "entropy_coef": 0.1, "config": EXPERTS}
+    assert_same(loss_and_grads(batch, mesh=mesh, **options), loss_and_grads(batch, **options))
 
 
 def test_sharded_updates_are_unsharded_updates():
@@ -282,6 +287,26 @@ def test_rows_that_do_not_divide_are_refused():
             made.init_state(build.params_of(models.init(CONFIG, seed=0))),
             batching.build_batch(family(1), 64, 3),
         )
+
+
+def test_updates_with_factored_moments_are_the_same_on_a_mesh():
+    config = default_config().optimizer
+    # An eps that keeps noise from being divided by noise where a gradient is zero.
+    config.update({"second_moment": "factored", "learning_rate": 0.1, "eps": 1e-2})
+    # Wide enough to be factored; rows over fsdp and columns over tensor are then cut.
+    wide = small.decoder_config(hidden_size=128, intermediate_size=256)
+    batch = batching.build_batch(family(2), 24, num_rows=8)
+    params = []
+    for mesh in (None, sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        optimizer = optim.make_optimizer(config, num_steps=10)
+        made = make_learner(rows=8, mesh=mesh, optimizer=optimizer, config=wide)
+        state = made.init_state(build.params_of(models.init(wide, seed=0)))
+        for _ in range(2):
+            state, _ = made.update(state, batch)
+        params.append(jax.device_get(state.params))
+    for a, b in zip(jax.tree.leaves(params[0]), jax.tree.leaves(params[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert made.num_compilations() == 3  # zeros, accumulate, apply
 
 
 def test_the_state_lies_where_its_parameters_lie():

@@ -83,6 +83,11 @@ def _momentum(config: ConfigDict, mesh: Mesh) -> Changes:
     return {key: "bfloat16"} if config.optimizer.momentum_dtype != "bfloat16" else {}
 
 
+def _second_moment(config: ConfigDict, mesh: Mesh) -> Changes:
+    key = "optimizer.second_moment"
+    return {key: "factored"} if config.optimizer.second_moment != "factored" else {}
+
+
 STEPS: tuple[Callable[[ConfigDict, Mesh], Changes], ...] = (
     _remat,
     _fewer_rows,
@@ -93,6 +98,7 @@ STEPS: tuple[Callable[[ConfigDict, Mesh], Changes], ...] = (
     _trade_rows_for("context"),
     _shorter_rows,
     _momentum,
+    _second_moment,
 )
 
 

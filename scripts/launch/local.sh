@@ -38,8 +38,11 @@ python="${PYTHON:-.venv/bin/python}"
 pids=()
 trap '((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((index = 0; index < num; index++)); do
+  # With the default order, virtual devices may wait for each other in different collectives.
+  xla="--xla_force_host_platform_device_count=$devices"
+  xla+=" --xla_cpu_enable_concurrency_optimized_scheduler=false"
   command=(
-    env JAX_PLATFORMS=cpu "XLA_FLAGS=--xla_force_host_platform_device_count=$devices"
+    env JAX_PLATFORMS=cpu "XLA_FLAGS=$xla"
     "CODJAX_COORDINATOR=127.0.0.1:$port" "CODJAX_NUM_PROCESSES=$num" "CODJAX_PROCESS_ID=$index"
     "$python" -m codjax train "${flags[@]}"
   )

@@ -6,7 +6,7 @@ from codjax import config_files
 from codjax.checks import ConfigError
 from codjax.plan import advice
 
-MESH = {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
+MESH = {"data": 2, "fsdp": 2, "context": 1, "tensor": 1, "expert": 1}
 GIB = 2**30
 
 
@@ -63,6 +63,12 @@ def test_a_single_change_is_preferred_to_two(config):
         {"mesh.data": 1, "mesh.context": 2, "batching.rows_per_microbatch": 4},
         {"optimizer.momentum_dtype": "bfloat16"},
     ]
+
+
+def test_a_factored_second_moment_is_the_last_to_be_tried(config):
+    found, _ = search(config, lambda c: 10 if c.optimizer.second_moment == "factored" else 20)
+    assert found["overrides"] == {"optimizer.second_moment": "factored"}
+    assert found["tried"][-2]["overrides"] == {"optimizer.momentum_dtype": "bfloat16"}
 
 
 def test_changes_are_added_up_where_one_is_not_enough(config):
