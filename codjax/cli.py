@@ -199,7 +199,7 @@ def _plan(config: ConfigDict, options: dict[str, Any], _: list[str]) -> int:
         raise ConfigError(
             "--topology=NAME must be given: the TPU slice to plan for, as v5e:16x16 or v5p:4x4x4."
         )
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the devices of this machine
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs on the devices of this machine
     from codjax import plan
 
     fits = plan.main(config, options["topology"], options["output"])

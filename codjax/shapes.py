@@ -17,13 +17,6 @@ _QWEN3: dict[str, Any] = {
     "rope_theta": 1e6,
     "norm_eps": 1e-6,
 }
-QWEN3_0_6B: Mapping[str, Any] = _QWEN3 | {
-    "num_layers": 28,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_heads": 16,
-    "tie_embeddings": True,
-}
 QWEN3_8B: Mapping[str, Any] = _QWEN3 | {
     "num_layers": 36,
     "hidden_size": 4096,
@@ -36,5 +29,18 @@ QWEN3_32B: Mapping[str, Any] = _QWEN3 | {
     "hidden_size": 5120,
     "intermediate_size": 25600,
     "num_heads": 64,
+    "tie_embeddings": False,
+}
+QWEN3_30B_A3B: Mapping[str, Any] = _QWEN3 | {
+    "family": "qwen3_moe",
+    "num_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,  # of layers without experts, which it has not
+    "num_kv_heads": 4,
+    "num_heads": 32,
+    "num_experts": 128,
+    "experts_per_token": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
     "tie_embeddings": False,
 }

@@ -75,37 +75,47 @@ def make_mesh(
     Raises:
         ValueError: the product is not the number of devices.
     """
-    num_devices = jax.device_count() if devices is None else len(devices)
-    sizes = mesh_sizes(data, fsdp, tensor, context, expert, num_devices=num_devices)
-    slices = num_slices(jax.devices() if devices is None else devices)
-    if slices > 1:
-        return _mesh_of_slices(sizes, slices, jax.devices() if devices is None else devices)
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
-
-
-def num_slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices that the devices belong to; 1 for anything but TPUs."""
-    return len({d.slice_index if d.platform == "tpu" else 0 for d in devices})
-
-
-def _mesh_of_slices(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh whose `data` axis goes across slices, the slow way; all others stay inside one."""
+    available = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(data, fsdp, tensor, context, expert, num_devices=len(available))
+    slices = num_slices(available)
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh.data must be a multiple of {slices}, the TPU slices, since only data may go "
             f"from slice to slice; got {sizes['data']}."
         )
-    across = {axis: slices if axis == "data" else 1 for axis in sizes}
-    inside = [size // across[axis] for axis, size in sizes.items()]
-    laid_out = mesh_utils.create_hybrid_device_mesh(
-        inside, list(across.values()), devices, allow_split_physical_axes=True
-    )
+    try:
+        laid_out = _laid_out(tuple(sizes.values()), slices, available)
+    except NotImplementedError as error:
+        asked = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh sizes must fit the links of the devices; got {asked}: {error}"
+        ) from error
     return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _laid_out(sizes: tuple[int, ...], slices: int, devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours along its axes joined by links of TPUs.
+
+    An axis of the mesh may be a part of an axis of links. `data`, the first axis, goes across
+    slices, the slow way; all others stay inside one.
+    """
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]),
+        (slices, *[1] * (len(sizes) - 1)),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Groups of TPUs joined by links; 1 for anything but TPUs, and for one slice compiled for."""
+    return len({getattr(device, "slice_index", 0) for device in devices if _is_tpu(device)}) or 1
+
+
+def _is_tpu(device: jax.Device) -> bool:
+    return device.platform == "tpu"
 
 
 def one_device(device: jax.Device | None = None) -> Mesh:

@@ -34,6 +34,7 @@ from codjax import (
     distributed,
     learner,
     losses,
+    memory,
     metrics,
     models,
     packs,
@@ -106,20 +107,22 @@ class _Run:
         chat = chats.load_chat(config.tokenizer.source)
         model = build.make_model(config, chat)
         mesh = build.make_mesh(config, model)
+        made = build.make_learner(
+            config,
+            model,
+            mesh,
+            optimizer=config.optimizer,
+            objective=build.make_objective(config),
+            num_steps=config.num_steps,
+        )
+        memory.check_sampler(config, model, made, mesh)
         return cls(
             config=config,
             chat=chat,
             tasksets=build.load_tasksets(config, config.rollout.tasksets),
             model=model,
             mesh=mesh,
-            learner=build.make_learner(
-                config,
-                model,
-                mesh,
-                optimizer=config.optimizer,
-                objective=build.make_objective(config),
-                num_steps=config.num_steps,
-            ),
+            learner=made,
             sampler=build.make_engine(config, model, distributed.sampling_mesh(mesh)),
             rules=scoring.make_rules(config.credit),
             settings=episodes.settings_from(

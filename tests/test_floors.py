@@ -45,6 +45,7 @@ FLOORS = {
     "codjax.progress": 3,
     "codjax.plots": 3,
     "codjax.build": 4,
+    "codjax.memory": 4,
     "codjax.warmup": 4,
     "codjax.evaluate": 4,
     "codjax.train": 4,

@@ -234,3 +234,27 @@ def test_only_rows_are_cut_from_slice_to_slice(two_slices):
 def test_an_axis_that_must_leave_its_slice_is_an_error(two_slices):
     with pytest.raises(ValueError, match=r"mesh\.data must be a multiple of 2, the TPU slices"):
         sharding.make_mesh(data=1, fsdp=32, tensor=1, devices=two_slices)
+
+
+@pytest.mark.parametrize(
+    ("topology", "axes"),
+    [
+        ("v5e:16x16", {"fsdp": -1, "tensor": 4}),
+        ("v6e:16x16", {"fsdp": -1, "tensor": 4}),
+        ("v6e:16x16", {"fsdp": -1, "tensor": 4, "context": 16}),
+        ("v5p:4x4x4", {"fsdp": -1, "tensor": 4, "context": 8}),
+        ("v5p:4x4x4", {"fsdp": -1, "tensor": 2}),
+        ("v6e:4x4", {"fsdp": -1, "tensor": 2}),
+    ],
+)
+def test_an_axis_of_the_mesh_may_be_a_part_of_an_axis_of_links(topology, axes):
+    pytest.importorskip("libtpu")
+    devices = topologies.devices(topology)
+    mesh = sharding.make_mesh(**{"data": 1, "tensor": 1, **axes}, devices=devices)
+    assert mesh.size == len(devices) == len(set(mesh.devices.ravel()))
+    # Devices next to each other along `tensor`, which talk most, are next to each other in space.
+    places = np.array([device.coords for device in mesh.devices.ravel()]).reshape(
+        *mesh.devices.shape, 3
+    )
+    along_tensor = np.abs(np.diff(places, axis=3)).sum(axis=-1)
+    assert along_tensor.max() <= 2

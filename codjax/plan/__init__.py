@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -25,7 +26,7 @@ from codjax_kernels import topologies
 from ml_collections import ConfigDict
 
 import codjax
-from codjax import build, checks, learner, losses, models, sharding
+from codjax import build, checks, learner, losses, memory, models, sharding
 from codjax import chat as chats
 from codjax.plan import advice, compiled, counts, roofline, text
 
@@ -44,8 +45,11 @@ def main(config: ConfigDict, topology: str, output: str | None = None) -> bool:
     Raises:
         ConfigError: there is no such topology, libtpu is missing, or sizes do not divide.
     """
+    if output is not None:
+        _check_writable(output)
     plan = make_plan(config, topology)
     print(text.describe(plan), flush=True)
+    _write(plan, output)
     if not plan["fits"]:
         plan["advice"] = advice.search(
             config,
@@ -54,11 +58,28 @@ def main(config: ConfigDict, topology: str, output: str | None = None) -> bool:
             lambda changed: sum(_state_bytes(changed, _learner(changed, topology)[0]).values()),
         )
         print(text.advise(plan["advice"]), flush=True)
-    if output is not None:
-        path = pathlib.Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        _write(plan, output)
     return bool(plan["fits"])
+
+
+def _check_writable(output: str) -> None:
+    """Before minutes of compiling."""
+    path = pathlib.Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_writable = not path.is_dir() and os.access(
+            path if path.exists() else path.parent, os.W_OK
+        )
+    except OSError:
+        is_writable = False
+    checks.require(
+        is_writable, "--output", "name a file that can be written", "it gets the plan", output
+    )
+
+
+def _write(plan: dict[str, Any], output: str | None) -> None:
+    if output is not None:
+        pathlib.Path(output).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
 def make_plan(config: ConfigDict, topology: str) -> dict[str, Any]:
@@ -102,10 +123,37 @@ def make_plan(config: ConfigDict, topology: str) -> dict[str, Any]:
         "batch": work._asdict(),
         "fits": all(total is not None and total <= chip.usable_bytes for total in totals),
         "state_bytes": state,
+        "sampler": _sampler(config, model, mesh, state=state, totals=totals, chip=chip),
         "operations": operations,
         "programs": programs,
         "throughput": roofline.throughput(programs, operations, work, chip, mesh.size),
         "advice": None,
+    }
+
+
+def _sampler(
+    config: ConfigDict,
+    model: models.Decoder,
+    mesh: jax.sharding.Mesh,
+    *,
+    state: dict[str, int],
+    totals: list[int | None],
+    chip: topologies.Chip,
+) -> dict[str, Any]:
+    """What sampling in process would take on a device, beside the learner."""
+    processes = len({device.process_index for device in mesh.devices.flat})
+    found = memory.sampler_bytes(config, model, mesh, num_processes=processes)
+    if config.rollout.steps_ahead:
+        beside = max((total for total in totals if total is not None), default=None)
+    else:
+        beside = sum(state.values()) - state["gradients"]
+    needed = None if beside is None else beside + sum(found.values())
+    return {
+        "num_processes": processes,
+        "weights_bytes": found["weights"],
+        "cache_bytes": found["cache"],
+        "total_bytes": needed,
+        "fits": needed is not None and needed <= chip.usable_bytes,
     }
 
 
@@ -140,16 +188,22 @@ def _work(config: ConfigDict, mesh: jax.sharding.Mesh) -> counts.Work:
 
 
 def _state_bytes(config: ConfigDict, made: learner.Learner) -> dict[str, int]:
-    return compiled.state_bytes(made, keeps_reference=config.loss.kl_coef != 0)
+    return memory.state_bytes(made, keeps_reference=config.loss.kl_coef != 0)
 
 
 def _head_turns(work: counts.Work, mesh: jax.sharding.Mesh) -> int:
     """Blocks of the loss head on a device when every scored entry is used.
 
-    Its loops end with the entries of the batch at hand, so that the program cannot tell.
+    Its loops end with the entries of the batch at hand, so that the program cannot tell. Where
+    the tokens of a row are cut, entries are taken to be spread evenly over the parts.
     """
-    rows = work.rows // math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-    return max(1, math.ceil(rows * work.scored_per_row / _HEAD_BLOCK))
+    rows = work.rows // _parts("batch", mesh)
+    entries = math.ceil(work.scored_per_row / _parts("tokens", mesh))
+    return max(1, math.ceil(rows * entries / _HEAD_BLOCK))
+
+
+def _parts(axis: str, mesh: jax.sharding.Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in sharding.RULES[axis])
 
 
 def _mesh_and_model(config: ConfigDict, topology: str) -> tuple[jax.sharding.Mesh, Any]:
@@ -159,9 +213,8 @@ def _mesh_and_model(config: ConfigDict, topology: str) -> tuple[jax.sharding.Mes
         raise checks.ConfigError(f"--topology: {error}") from error
     model = build.make_model(config, chats.load_chat(config.tokenizer.source))
     try:
-        sizes = sharding.mesh_sizes(**config.mesh.to_dict(), num_devices=len(devices))
+        mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
     except ValueError as error:
         raise checks.ConfigError(f"mesh, on --topology={topology}: {error}") from error
-    mesh = topologies.mesh(topology, sizes)
     build.check_mesh(config, model, mesh)
     return mesh, model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import pathlib
 import re
 import tempfile
@@ -16,8 +15,6 @@ import jax
 import numpy as np
 from codjax_kernels import hlo, topologies
 from jax.experimental.compilation_cache import compilation_cache
-
-from codjax import learner
 
 _GIB = 2**30
 
@@ -128,32 +125,6 @@ def axes_of(groups: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
     places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())))
     differs = (places != places[:, :, :1]).any(axis=(1, 2))
     return tuple(axis for axis, cut in zip(mesh_shape, differs, strict=True) if cut)
-
-
-def state_bytes(made: learner.Learner, *, keeps_reference: bool) -> dict[str, int]:
-    """Bytes on a device of what lives through an update.
-
-    Args:
-        made: the learner.
-        keeps_reference: whether a reference model's parameters lie beside those of the policy.
-    """
-    state = made.abstract_state()
-    params = _shard_bytes(state.params)
-    return {
-        "params": params,
-        "gradients": sum(4 * _shard_size(x) for x in jax.tree.leaves(state.params)),
-        "optimizer": _shard_bytes(state.opt_state),
-        "reference": params if keeps_reference else 0,
-    }
-
-
-def _shard_size(x: jax.ShapeDtypeStruct) -> int:
-    assert x.sharding is not None
-    return math.prod(x.sharding.shard_shape(x.shape))
-
-
-def _shard_bytes(tree: Any) -> int:
-    return sum(_shard_size(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _first_line(message: str) -> str:

@@ -73,8 +73,7 @@ def matrix_operations(jaxpr: Any) -> float:
         if equation.primitive.name == "dot_general":
             total += _product(equation)
         elif equation.primitive.name.startswith("ragged_dot"):
-            rows, width = equation.invars[0].aval.shape[-2:]
-            total += 2.0 * rows * width * equation.invars[1].aval.shape[-1]
+            total += _ragged_product(equation)
         elif equation.primitive.name != "pallas_call":
             times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += times * sum(matrix_operations(x) for x in _inner(equation.params))
@@ -107,6 +106,21 @@ def _product(equation: Any) -> float:
     shape = equation.invars[0].aval.shape
     size = math.prod(equation.outvars[0].aval.shape)
     return 2.0 * size * math.prod(shape[axis] for axis in contracted)
+
+
+def _ragged_product(equation: Any) -> float:
+    """Of a product in groups: each row with the matrix of its group, or the gradient of those.
+
+    Rows, whose groups are ragged, are multiplied once each, whether they are contracted or not.
+    """
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    left, right = (x.aval.shape for x in equation.invars[:2])
+    (ragged,) = numbers.lhs_ragged_dimensions
+    if ragged in contracted:  # [rows, A] and [rows, B] → [groups, A, B]
+        return 2.0 * math.prod(left) * math.prod(right) / left[ragged]
+    size = math.prod(equation.outvars[0].aval.shape)
+    return 2.0 * size * math.prod(left[axis] for axis in contracted)
 
 
 def _inner(params: Mapping[str, Any]) -> list[Any]:

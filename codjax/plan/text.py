@@ -28,7 +28,7 @@ def describe(plan: Mapping[str, Any]) -> str:
             lines += [*_program(name, program), ""]
     if plan["throughput"] is not None:
         lines += [*_throughput(plan), ""]
-    lines.append(_verdict(plan))
+    lines += [_verdict(plan), _sampler(plan)]
     return "\n".join(lines)
 
 
@@ -86,6 +86,20 @@ def _throughput(plan: Mapping[str, Any]) -> list[str]:
         f"{_time(bounds['apply_s'])}; at most {bounds['tokens_per_s']:,.0f} tokens/s, "
         f"{bounds['scored_tokens_per_s']:,.0f} scored tokens/s, MFU {bounds['mfu']:.0%}",
     ]
+
+
+def _sampler(plan: Mapping[str, Any]) -> str:
+    found, usable = plan["sampler"], plan["chip"]["usable_bytes"] / _GIB
+    parts = (
+        f"weights {found['weights_bytes'] / _GIB:.2f} and cache "
+        f"{found['cache_bytes'] / _GIB:.2f} GiB"
+    )
+    if found["fits"]:
+        return f"Sampling in process fits beside it: {parts} more."
+    return (
+        f"Sampling in process does not fit beside it: {parts} more on a device of each of "
+        f"{found['num_processes']} processes, of {usable:.2f} GiB; this is the learner alone."
+    )
 
 
 def _verdict(plan: Mapping[str, Any]) -> str:

@@ -58,6 +58,7 @@ class Program(NamedTuple):
 
     computations: Mapping[str, Sequence[str]]  # lines by name
     entry: str  # the name of the first to run
+    num_devices: int = 1  # that run it together
 
 
 class Collective(NamedTuple):
@@ -105,7 +106,8 @@ def parse(text: str) -> Program:
             entry = opened[2] if opened[1] else entry
         else:
             lines.append(line)
-    return Program(computations, entry)
+    partitions = re.match(r"HloModule .*\bnum_partitions=(\d+)", text)
+    return Program(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def trips(program: Program, loop: str) -> int | None:
@@ -146,7 +148,7 @@ def collectives(program: Program, *, unknown_trips: int = 1) -> list[Collective]
                 Collective(
                     kind=kind,
                     operand_bytes=sum(num_bytes(inside.types[x]) for x in operation.operands),
-                    groups=_groups(operation.line),
+                    groups=_groups(operation.line, program.num_devices),
                     times=times,
                     name=source[1] if source else operation.name,
                 )
@@ -229,7 +231,10 @@ def _closing(text: str) -> int:
 def _executed(
     program: Program, name: str, times: int, unknown_trips: int
 ) -> Iterator[tuple[str, int]]:
-    """Computations that run one after the other, and how often; not those that are fused."""
+    """Computations that run one after the other, and how often; not those that are fused.
+
+    Of a conditional, every branch counts.
+    """
     yield name, times
     for line in program.computations[name]:
         if loop := re.search(r" while\(.*condition=%[\w.\-]+, body=%([\w.\-]+)", line):
@@ -255,8 +260,10 @@ def _with_fused(program: Program, name: str) -> Iterator[tuple[Operation, _Scope
             yield from _with_fused(program, _called(operation))
 
 
-def _groups(line: str) -> np.ndarray:
+def _groups(line: str, num_devices: int) -> np.ndarray:
     """Devices that exchange, as numbers along the mesh: `[groups, devices of a group]`."""
+    if "replica_groups={}" in line:
+        return np.arange(num_devices)[None]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, dims = _integers(iota[1]), _integers(iota[2])
         order = _integers(iota[3]) if iota[3] else range(len(dims))

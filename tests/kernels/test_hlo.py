@@ -100,11 +100,13 @@ def test_memory_traffic_counts_slices_turns_and_main_memory_only():
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
         ("source_target_pairs={{0,0},{1,2},{2,1}}", [[1, 2], [2, 1]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
         ("replica_groups=something new", []),
     ],
 )
 def test_every_spelling_of_groups(written, groups):
-    assert hlo._groups(f"  %x = f32[] all-reduce(%y), {written}, channel_id=1").tolist() == groups
+    line = f"  %x = f32[] all-reduce(%y), {written}, channel_id=1"
+    assert hlo._groups(line, 4).tolist() == groups
 
 
 def sharded_program(mesh):
@@ -130,6 +132,7 @@ def test_collectives_of_a_compiled_program():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     found = {x.kind: x for x in hlo.collectives(hlo.parse(sharded_program(mesh)))}
     assert {kind: x.times for kind, x in found.items()} == dict.fromkeys(hlo.KINDS, 3)
+    assert hlo.parse(sharded_program(mesh)).num_devices == 8
     along_a, along_b = [[0, 4], [1, 5], [2, 6], [3, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]]
     groups = {kind: x.groups.tolist() for kind, x in found.items()}
     assert groups["all-reduce"] == along_a

@@ -18,8 +18,8 @@ PRODUCT = 2 * PAIRS * 4 * 8 * 2
 HEAD = 2 * 6 * 16 * 24
 
 
-def operations(remat, **changes):
-    config = small.decoder_config(remat=remat)
+def operations(remat, sizes=None, **changes):
+    config = small.decoder_config(remat=remat, **(sizes or {}))
     model = nnx.eval_shape(lambda: models.init(config, seed=0))
     return counts.operations(model, WORK._replace(**changes))
 
@@ -42,6 +42,16 @@ def test_the_hardware_also_does_what_is_computed_again(remat, again):
     assert operations(remat)["hardware"] == 3 * FORWARD + again + attention + 3 * HEAD
     late = operations(remat, head_in_forward=False)["hardware"]
     assert late == operations(remat)["hardware"] + HEAD
+
+
+@pytest.mark.parametrize("width", [24, 96])
+def test_of_experts_the_chosen_ones_count(width):
+    sizes = {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": width}
+    found = operations("none", sizes | {"family": "qwen3_moe"})
+    mlp, router, experts, their_sum = 3 * 16 * 32, 16 * 8, 2 * 3 * 16 * width, 2 * 16
+    forward = 2 * 20 * 2 * (PRODUCTS - mlp + router + experts + their_sum)
+    assert found["layers"] == 3 * forward
+    assert found["hardware"] - found["model"] == 3 * PRODUCT  # attention alone computes again
 
 
 def test_samples_shorter_than_the_row_see_less():

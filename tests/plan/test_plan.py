@@ -57,7 +57,7 @@ def test_a_small_plan(config_path, tmp_path, capsys):
     made = json.loads(output.read_text())
     assert made["fits"]
     assert made["num_devices"] == 8
-    assert made["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
+    assert made["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 2, "expert": 1}
     norms = LAYERS * (2 * D + 2 * 64) + D
     assert made["model"]["num_parameters"] == VOCABULARY * D + LAYERS * LAYER + norms
     # Matrices are cut over fsdp and tensor, norms are whole; two moments and two counts.
@@ -72,6 +72,11 @@ def test_a_small_plan(config_path, tmp_path, capsys):
     assert step["total_bytes"] == step["memory"]["peak"] + 2 * params + 8
     assert step["memory"]["arguments"] >= 2 * params
     assert made["advice"] is None
+    sampler = made["sampler"]
+    assert sampler["num_processes"] == 2  # hosts of four chips: each samples with a whole copy
+    assert sampler["weights_bytes"] == 4 * made["model"]["num_parameters"]
+    assert sampler["fits"]
+    assert "Sampling in process fits beside it: " in printed
 
     rows = {(row["kind"], *row["axes"]): row for row in step["collectives"]}
     # Each layer gathers its matrices over fsdp, forward and again backward, in bfloat16; most of
