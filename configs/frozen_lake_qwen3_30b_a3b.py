@@ -1,7 +1,7 @@
 """Qwen3-30B-A3B, 128 experts of which 8 run, on the tasks of configs/frozen_lake_qwen3_8b.py.
 
-Nobody has published such a run: it is the recipe of the 8B model with a mixture of experts, cut over
-`mesh.expert`. Optimizer, credit and rollouts are the base's.
+Nobody has published such a run: it is the recipe of the 8B model with a mixture of experts, cut
+over `mesh.expert`. Optimizer, credit and rollouts are the base's.
 
     codjax plan  --config=configs/frozen_lake_qwen3_30b_a3b.py --topology=v5p:4x4x4
 

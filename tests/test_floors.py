@@ -58,7 +58,7 @@ FLOORS = {
 }
 # Imports that may go up, inside functions only: the config names environments, and to check a
 # name and its settings one must ask them.
-ALLOWED_UPWARDS = {("codjax.validation", "codjax.envs")}
+ALLOWED_UPWARDS = {("codjax.validation.tasks", "codjax.envs")}
 JAX_IN_ROLLOUT = {"codjax.rollout.engine", "codjax.rollout.decoding"}
 KERNEL_IMPORTS = {"jax", "jaxlib", "jaxtyping", "numpy", "codjax_kernels"} | sys.stdlib_module_names
 
