@@ -116,14 +116,19 @@ class Learner:
         self._lookup = functools.partial(codjax_kernels.embedding_lookup, layout=layout)
         self.param_shardings = sharding.param_shardings(model, mesh)
         self.state_shardings = self._state_shardings()
-        self._accumulate = jax.jit(self._accumulate_fn, donate_argnums=(1,))
+        options = sharding.compiler_options(mesh)
+        self._accumulate = jax.jit(
+            self._accumulate_fn, donate_argnums=(1,), compiler_options=options
+        )
         self._apply = jax.jit(
             self._apply_fn,
             donate_argnums=(0,),
             out_shardings=(self.state_shardings, self._replicated),
         )
         # Everywhere, since the host reads it, whichever rows its devices have.
-        self._score = jax.jit(self._score_fn, out_shardings=self._replicated)
+        self._score = jax.jit(
+            self._score_fn, out_shardings=self._replicated, compiler_options=options
+        )
         self._zeros = jax.jit(self._zeros_fn, out_shardings=(self.param_shardings, None))
 
     def init_state(self, params: Params) -> TrainState:

@@ -258,3 +258,27 @@ def test_an_axis_of_the_mesh_may_be_a_part_of_an_axis_of_links(topology, axes):
     )
     along_tensor = np.abs(np.diff(places, axis=3)).sum(axis=-1)
     assert along_tensor.max() <= 2
+
+
+def test_products_with_gathered_matrices_are_done_at_once():
+    pytest.importorskip("libtpu")
+    devices = topologies.devices("v5p:4x4x4")
+    mesh = sharding.make_mesh(data=1, fsdp=16, tensor=4, devices=devices)
+
+    def lies(*axes):
+        return jax.sharding.NamedSharding(mesh, sharding.spec(axes))
+
+    def compiled(options):
+        made = jax.jit(
+            lambda x, w: jnp.einsum("btd,df->btf", x, w),
+            in_shardings=(lies("batch", "tokens", "width"), lies("embed", "mlp")),
+            out_shardings=lies("batch", "tokens", "mlp"),
+            compiler_options=options,
+        )
+        shapes = ((64, 16384, 4096), (4096, 12288))
+        traced = made.trace(*(jax.ShapeDtypeStruct(sizes, jnp.bfloat16) for sizes in shapes))
+        return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+
+    assert "windowed_dot_general" in compiled(None)
+    assert "windowed_dot_general" not in compiled(sharding.compiler_options(mesh))
+    assert sharding.compiler_options(sharding.one_device()) is None
