@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from codjax import config as config_lib
 from codjax.checks import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -83,6 +84,8 @@ def _differences(folder: pathlib.Path, config: ConfigDict) -> dict[str, tuple[st
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore or remove it.") from error
     here = _flatten(_resolved(config))
+    # A key that this version added: its default is what the run did without it.
+    there = {**_flatten(_resolved(config_lib.default_config())), **there}
     keys = sorted(there.keys() | here.keys())
     return {
         key: (there.get(key, "absent"), here.get(key, "absent"))

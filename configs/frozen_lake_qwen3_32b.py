@@ -9,8 +9,8 @@ configs/frozen_lake_qwen3_8b.py.
     codjax train --config=configs/frozen_lake_qwen3_32b.py --workdir=runs/lake_32b \\
         --config.model.source=DIR/Qwen3-32B --config.tokenizer.source=DIR/Qwen3-32B
 
-Hardware: v5p:4x4x4 (docs/plans.md); larger slices cut it finer along `fsdp` by themselves, where
-batching.rows_per_microbatch divides.
+Hardware: v5p:4x4x4 for the learner (docs/plans.md); a larger slice cuts it finer along `fsdp` and
+needs batching.rows_per_microbatch to be a multiple of that. Rollouts are for servers beside it.
 """
 
 import pathlib

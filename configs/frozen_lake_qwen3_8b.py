@@ -11,9 +11,12 @@ tokens, here they end where those of training do.
     codjax train --config=configs/frozen_lake_qwen3_8b.py --workdir=runs/lake_8b \\
         --config.model.source=DIR/Qwen3-8B --config.tokenizer.source=DIR/Qwen3-8B
 
-Hardware: v5e:16x16, v6e:16x16 or v5p:4x4x4; docs/plans.md says what a step takes on each. The sizes
-below let it be planned without the folder of the model, and are not read once `model.source` is
-given; without it, weights are random and the tokenizer knows bytes only.
+Hardware: v5e:16x16, v6e:16x16 or v5p:4x4x4 hold the learner; docs/plans.md says what a step takes
+on each. Rollouts of this size are for servers beside it: sampling in process needs the whole model
+and a cache on a device of every host, and a run without that room ends at its start, saying so.
+
+The sizes below let it be planned without the folder of the model, and are not read once
+`model.source` is given; without it, weights are random and the tokenizer knows bytes only.
 """
 
 from codjax import shapes

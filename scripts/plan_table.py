@@ -14,37 +14,32 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "plans"
-LONG = (  # rows of 128k tokens, cut along `context`
-    "--config.batching.row_length=131072",
-    "--config.batching.scored_per_row=32768",
-)
+
+
+def _long(*, context, rows):
+    """Overrides for rows of 128k tokens, cut along `context`."""
+    return (
+        "--config.batching.row_length=131072",
+        "--config.batching.scored_per_row=32768",
+        f"--config.mesh.context={context}",
+        f"--config.batching.rows_per_microbatch={rows}",
+    )
+
+
 PLANS = {  # name: config, topology, overrides
     "8b_v5e": ("frozen_lake_qwen3_8b", "v5e:16x16", ()),
     "8b_v5p": ("frozen_lake_qwen3_8b", "v5p:4x4x4", ()),
-    "32b_v5p": ("frozen_lake_qwen3_32b", "v5p:4x4x4", ()),
-    "8b_v5e_128k": (
-        "frozen_lake_qwen3_8b",
-        "v5e:16x16",
-        (*LONG, "--config.mesh.context=16", "--config.batching.rows_per_microbatch=4"),
-    ),
-    "8b_v5e_4_layers": ("frozen_lake_qwen3_8b", "v5e:16x16", ("--config.model.num_layers=4",)),
     "8b_v6e": ("frozen_lake_qwen3_8b", "v6e:16x16", ()),
-    "32b_v5p_128k": (
-        "frozen_lake_qwen3_32b",
-        "v5p:4x4x4",
-        (*LONG, "--config.mesh.context=8", "--config.batching.rows_per_microbatch=2"),
-    ),
-    "8b_v5p_128k": (
-        "frozen_lake_qwen3_8b",
-        "v5p:4x4x4",
-        (*LONG, "--config.mesh.context=8", "--config.batching.rows_per_microbatch=2"),
-    ),
     "8b_no_red_is_v5e": ("frozen_lake_qwen3_8b_no_red_is", "v5e:16x16", ()),
-    "8b_v6e_128k": (
-        "frozen_lake_qwen3_8b",
-        "v6e:16x16",
-        (*LONG, "--config.mesh.context=16", "--config.batching.rows_per_microbatch=4"),
-    ),
+    "32b_v5p": ("frozen_lake_qwen3_32b", "v5p:4x4x4", ()),
+    "30b_a3b_v5p": ("frozen_lake_qwen3_30b_a3b", "v5p:4x4x4", ()),
+    "8b_v5e_128k": ("frozen_lake_qwen3_8b", "v5e:16x16", _long(context=16, rows=4)),
+    "8b_v5p_128k": ("frozen_lake_qwen3_8b", "v5p:4x4x4", _long(context=8, rows=2)),
+    "8b_v6e_128k": ("frozen_lake_qwen3_8b", "v6e:16x16", _long(context=16, rows=4)),
+    "32b_v5p_128k": ("frozen_lake_qwen3_32b", "v5p:4x4x4", _long(context=8, rows=2)),
+    "30b_a3b_v5p_128k": ("frozen_lake_qwen3_30b_a3b", "v5p:4x4x4", _long(context=8, rows=8)),
+    "8b_v5e_4_layers": ("frozen_lake_qwen3_8b", "v5e:16x16", ("--config.model.num_layers=4",)),
+    "8b_v5e_2x4": ("frozen_lake_qwen3_8b", "v5e:2x4", ("--config.batching.rows_per_microbatch=2",)),
 }
 GIB = 2**30
 
@@ -65,8 +60,8 @@ def make(name):
     config, topology, overrides = PLANS[name]
     command = [sys.executable, "-m", "codjax", "plan", f"--config={ROOT}/configs/{config}.py"]
     command += [*overrides, f"--topology={topology}", f"--output={FOLDER}/{name}.json"]
-    subprocess.run(command, check=False, cwd=ROOT)
-    if not (FOLDER / f"{name}.json").exists():
+    status = subprocess.run(command, check=False, cwd=ROOT).returncode
+    if status not in (0, 1):  # fits, does not fit
         sys.exit(f"{' '.join(command)} made no plan.")
 
 
@@ -74,9 +69,9 @@ def table():
     """The plans that are there, in Markdown."""
     rows = [
         "| plan | devices, mesh | rows x tokens | GiB a device: state + step = total of usable | "
-        "fits | Tflop a device | links GB | floor of a micro-batch, bound by | MFU at most | "
-        "tokens/s at most | compiled in |",
-        "|---|---|---|---|---|---:|---:|---|---:|---:|---:|",
+        "fits | + sampling in process, fits | Tflop a device | links GB | "
+        "floor of a micro-batch, bound by | MFU at most | tokens/s at most | compiled in |",
+        "|---|---|---|---|---|---|---:|---:|---|---:|---:|---:|",
     ]
     for name in PLANS:
         path = FOLDER / f"{name}.json"
@@ -97,14 +92,17 @@ def row(name, plan):
     ]
     usable = plan["chip"]["usable_bytes"] / GIB
     if bounds is None:
-        return "| " + " | ".join([*cells, step["refused"], "no", *[""] * 6]) + " |"
+        return "| " + " | ".join([*cells, step["refused"], "no", *[""] * 7]) + " |"
     totals = [program["total_bytes"] / GIB for program in plan["programs"].values()]
+    sampler = plan["sampler"]
     total = max(totals)
     links = sum(one["received_bytes"] for one in step["collectives"]) / 1e9
     seconds = sum(program["compile_s"] for program in plan["programs"].values())
     cells += [
         f"{state:.2f} + {total - state:.2f} = {total:.2f} of {usable:.2f}",
         "yes" if plan["fits"] else "no",
+        f"{(sampler['weights_bytes'] + sampler['cache_bytes']) / GIB:.0f}, "
+        + ("yes" if sampler["fits"] else "no"),
         f"{step['hardware_flops'] / 1e12:,.0f}",
         f"{links:,.1f}",
         f"{step['floor']['floor_s']:.2f} s, {step['floor']['bound']}",

@@ -256,14 +256,25 @@ def begun_with(folder, resolved):
     (folder / "config.json").write_text(json.dumps(resolved))
 
 
-def test_a_key_that_is_new_or_gone_counts_as_another_config(tmp_path):
+def test_a_key_that_is_gone_or_new_with_another_value_counts_as_another_config(tmp_path):
     resolved = json.loads(tiny().to_json_best_effort())
     del resolved["loss"]["kl_coef"]
+    resolved["loss"]["gone"] = 3
     begun_with(tmp_path, resolved)
-    with pytest.raises(
-        validation.ConfigError, match=r"loss\.kl_coef \(there absent, here 0\.0\); "
-    ):
-        train.main(tiny(), str(tmp_path))
+    expected = r"loss\.gone \(there 3, here absent\), loss\.kl_coef \(there 0\.0, here 0\.5\); "
+    with pytest.raises(validation.ConfigError, match=expected):
+        train.main(tiny(**{"loss.kl_coef": 0.5}), str(tmp_path))
+
+
+def test_a_new_key_at_its_default_is_what_an_older_run_did(finished, tmp_path):
+    _, workdir = finished
+    killed_after(workdir, tmp_path / "copy", 4)
+    path = tmp_path / "copy" / "config.json"
+    resolved = json.loads(path.read_text())
+    del resolved["optimizer"]["second_moment"]
+    path.write_text(json.dumps(resolved))
+    train.main(tiny(), str(tmp_path / "copy"))
+    assert lines_without_times(tmp_path / "copy") == lines_without_times(workdir)
 
 
 def test_what_moves_no_number_may_change(finished, tmp_path):
