@@ -113,12 +113,18 @@ def test_another_split_of_the_devices_holds_the_same_values(made, batch, opened)
     store = opened()
     store.save(2, state, LOOP)
     store.wait()
+    losses = []
     for sizes in MESHES:
         other = make_learner(*sizes)
         restored, _ = store.restore(2, other.abstract_state())
         assert_same(restored, state)
         wanted = jax.tree.leaves(other.state_shardings)
         assert [leaf.sharding for leaf in jax.tree.leaves(restored)] == wanted
+        # Two more steps, the second of which shows what the first did.
+        for _ in range(2):
+            restored, metrics = other.update(restored, batch)
+        losses.append(metrics["loss/total"])
+    np.testing.assert_allclose(losses, losses[0], atol=1e-5)
 
 
 def test_parameters_alone(made, batch, opened):
