@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ def _status(args: list[str]) -> int:
         return _answer(args)
     except (ConfigError, NonFiniteMetricError) as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
+        _tell_others(args, error)
         return BAD_USAGE if isinstance(error, ConfigError) else NOT_FINITE
     except StoppedError as stopped:
         _write(f"{program}: {stopped}.\n", to=sys.stderr)
@@ -170,6 +172,18 @@ def _train(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
     train.main(config, options["workdir"])
 
 
+def _tell_others(args: list[str], problem: Exception) -> None:
+    """A mistake that one process finds before it joins the others must end those too."""
+    asks = any(re.fullmatch(r"--distributed(=(true|t|yes|y|1))?", arg, re.I) for arg in args)
+    is_one_of_several = asks or os.environ.get("CODJAX_COORDINATOR")
+    is_dry = any(arg.startswith("--dry-run") for arg in args)
+    is_for_all = isinstance(problem, ConfigError) and args[:1] in (["train"], ["eval"])
+    if is_for_all and is_one_of_several and not is_dry:
+        from codjax import distributed
+
+        distributed.tell(problem, autodetect=asks)
+
+
 def _stop_status() -> int:
     """The exit status of a run that SIGTERM stopped: 0, unless who started it wants another."""
     text = os.environ.get(STOP_STATUS) or "0"
@@ -183,6 +197,7 @@ def _join(autodetect: bool) -> None:
     from codjax import distributed
 
     distributed.initialize(autodetect=autodetect)
+    distributed.on_all(lambda: None)  # that all came so far; see `_tell_others`
     if not distributed.is_main():
         logging.getLogger("codjax").setLevel(logging.WARNING)
 

@@ -227,6 +227,27 @@ def on_all(function: Callable[[], Item]) -> Item:
     return result
 
 
+def tell(problem: Exception, *, autodetect: bool) -> None:
+    """Joins the others, which wait for this process, and has them raise its problem in `on_all`.
+
+    Args:
+        problem: the ConfigError for which this process cannot take part; nothing happens if it has
+            joined already.
+        autodetect: as for `initialize`.
+    """
+
+    def fail() -> None:
+        raise problem
+
+    if jax.distributed.is_initialized():
+        return
+    try:
+        initialize(autodetect=autodetect)
+        on_all(fail)
+    except (checks.ConfigError, RuntimeError):  # told, or nobody there
+        pass
+
+
 def check_equal(value: str, what: str) -> None:
     """Raises ConfigError unless all processes were given the same.
 
