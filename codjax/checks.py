@@ -22,6 +22,10 @@ class StoppedError(Exception):
     """A run was asked to stop and did, at a step, with a checkpoint; the same command goes on."""
 
 
+class NonFiniteMetricError(ValueError):
+    """A metric is nan or infinite, which ends the run: nothing after it could be trusted."""
+
+
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
 

@@ -4,8 +4,9 @@ Reads the flags, validates the config, and calls one function; JAX and the other
 are imported only then, so that a mistake is answered at once.
 
 Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
-and how to mend it; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else,
-with a traceback.
+and how to mend it; 3 a metric became nan or infinite; 130 interrupted; 1 anything else, with a
+traceback. A run that SIGTERM stopped, with a checkpoint, ends with 0, or with CODJAX_STOP_STATUS
+where that is set: launchers that start again whatever has failed set it (docs/launch.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,9 +27,11 @@ from ml_collections import ConfigDict
 
 import codjax
 from codjax import checks, config_files, validation
-from codjax.checks import ConfigError, StoppedError
+from codjax.checks import ConfigError, NonFiniteMetricError, StoppedError
 
-SUCCESS, FAILURE, BAD_USAGE, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
+SUCCESS, FAILURE, BAD_USAGE, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
+STOPPED = 143  # by SIGTERM; what the process then ends with is `_stop_status`
+STOP_STATUS = "CODJAX_STOP_STATUS"  # a variable of the environment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # What all do together ends with all; a failure leaves the others no choice.
         distributed.finish() if status in (SUCCESS, STOPPED) else distributed.leave(status)
-    return status
+    return _stop_status() if status == STOPPED else status
 
 
 def _status(args: list[str]) -> int:
@@ -82,9 +86,10 @@ def _status(args: list[str]) -> int:
     program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
     try:
         return _answer(args)
-    except ConfigError as error:
+    except (ConfigError, NonFiniteMetricError) as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
-        return BAD_USAGE
+        _tell_others(args, error)
+        return BAD_USAGE if isinstance(error, ConfigError) else NOT_FINITE
     except StoppedError as stopped:
         _write(f"{program}: {stopped}.\n", to=sys.stderr)
         return STOPPED
@@ -157,6 +162,7 @@ def _set_up_logging() -> None:
 def _train(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
     if not options["dry-run"]:
         _check_workdir(options["workdir"])
+        _stop_status()
     from codjax import train
 
     if options["dry-run"]:
@@ -166,11 +172,32 @@ def _train(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
     train.main(config, options["workdir"])
 
 
+def _tell_others(args: list[str], problem: Exception) -> None:
+    """A mistake that one process finds before it joins the others must end those too."""
+    asks = any(re.fullmatch(r"--distributed(=(true|t|yes|y|1))?", arg, re.I) for arg in args)
+    is_one_of_several = asks or os.environ.get("CODJAX_COORDINATOR")
+    is_dry = any(arg.startswith("--dry-run") for arg in args)
+    is_for_all = isinstance(problem, ConfigError) and args[:1] in (["train"], ["eval"])
+    if is_for_all and is_one_of_several and not is_dry:
+        from codjax import distributed
+
+        distributed.tell(problem, autodetect=asks)
+
+
+def _stop_status() -> int:
+    """The exit status of a run that SIGTERM stopped: 0, unless who started it wants another."""
+    text = os.environ.get(STOP_STATUS) or "0"
+    if not text.isdecimal() or int(text) > 255:
+        raise ConfigError(f"{STOP_STATUS} must be an exit status from 0 to 255; got {text!r}.")
+    return int(text)
+
+
 def _join(autodetect: bool) -> None:
     """Becomes one of several processes, where there are several; one of them does the talking."""
     from codjax import distributed
 
     distributed.initialize(autodetect=autodetect)
+    distributed.on_all(lambda: None)  # that all came so far; see `_tell_others`
     if not distributed.is_main():
         logging.getLogger("codjax").setLevel(logging.WARNING)
 
@@ -178,7 +205,8 @@ def _join(autodetect: bool) -> None:
 def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
     _check_workdir(options["workdir"])
     which = options["checkpoint"]
-    if which not in ("latest", "base") and not which.isdigit() and not pathlib.Path(which).is_dir():
+    is_step = which in ("latest", "base") or which.isdecimal()
+    if not is_step and not pathlib.Path(which).is_dir():
         raise ConfigError(
             "--checkpoint must be latest, base, a step, or the folder of a run, of a step "
             f"(DIR/checkpoints/50) or of a Hugging Face model; got {which!r}."

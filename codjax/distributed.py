@@ -57,10 +57,12 @@ def initialize(*, autodetect: bool) -> None:
         autodetect: whether to ask the surroundings.
 
     Raises:
-        ConfigError: the variables are incomplete or wrong, or there is nothing to detect.
+        ConfigError: the variables are incomplete or wrong, there is nothing to detect, or there are
+            others that nobody asked to join.
     """
     given = _explicit(os.environ)
     if given is None and not autodetect:
+        _check_alone(os.environ)
         return
     # One mechanism for SIGTERM, `StopRequest`; JAX's own would swallow the signal from here on.
     jax.config.update("jax_enable_preemption_service", False)
@@ -95,11 +97,11 @@ def _explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
         )
     coordinator, *numbers = (environment[name] for name in VARIABLES)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise checks.ConfigError(
             f"CODJAX_COORDINATOR must be host:port of process 0; got {coordinator!r}."
         )
-    if not all(number.isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+    if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
         raise checks.ConfigError(
             "CODJAX_PROCESS_ID must be a number from 0 to CODJAX_NUM_PROCESSES - 1; got "
             f"{numbers[1]!r} of {numbers[0]!r}."
@@ -109,6 +111,20 @@ def _explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
         "num_processes": int(numbers[0]),
         "process_id": int(numbers[1]),
     }
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError if srun, mpirun or a TPU pod started this process as one of several."""
+    # Of the step that we are in: SLURM_NTASKS is also set where one process has a job to itself.
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    signs = [name for name in counts if environment.get(name, "1") != "1"]
+    signs += [name for name in ("TPU_WORKER_HOSTNAMES",) if "," in environment.get(name, "")]
+    if signs:
+        raise checks.ConfigError(
+            f"--distributed=true must be given: {signs[0]}={environment[signs[0]]} says that this "
+            "is one of several processes, which would all train alone in one workdir; where that "
+            f"is meant, each in its own, start them with env -u {signs[0]}."
+        )
 
 
 def num_processes() -> int:
@@ -127,7 +143,9 @@ def is_main() -> bool:
 
 
 def check_joined() -> None:
-    """Raises ConfigError if JAX sees devices of other processes that nobody asked to join."""
+    """Raises ConfigError if there are other processes that nobody asked to join."""
+    if not jax.distributed.is_initialized():
+        _check_alone(os.environ)
     if num_processes() != jax.process_count():
         raise checks.ConfigError(
             f"--distributed=true must be given here: the devices belong to {jax.process_count()} "
@@ -189,6 +207,45 @@ def on_main(function: Callable[[], Item]) -> Item:
     if message is not None:
         raise problem or checks.ConfigError(message)
     return result
+
+
+def on_all(function: Callable[[], Item]) -> Item:
+    """What the function returns here, unless it raises ConfigError anywhere: then on all of them.
+
+    Args:
+        function: called on every process; it must not talk to the others.
+    """
+    result: Any = None
+    problem: checks.ConfigError | None = None
+    try:
+        result = function()
+    except checks.ConfigError as error:
+        problem = error
+    for index, message in enumerate(gather(problem and str(problem))):
+        if message is not None:
+            raise problem or checks.ConfigError(f"on process {index}, {message}")
+    return result
+
+
+def tell(problem: Exception, *, autodetect: bool) -> None:
+    """Joins the others, which wait for this process, and has them raise its problem in `on_all`.
+
+    Args:
+        problem: the ConfigError for which this process cannot take part; nothing happens if it has
+            joined already.
+        autodetect: as for `initialize`.
+    """
+
+    def fail() -> None:
+        raise problem
+
+    if jax.distributed.is_initialized():
+        return
+    try:
+        initialize(autodetect=autodetect)
+        on_all(fail)
+    except (checks.ConfigError, RuntimeError):  # told, or nobody there
+        pass
 
 
 def check_equal(value: str, what: str) -> None:

@@ -150,9 +150,41 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     """
     validation.validate(config)
     folder = pathlib.Path(workdir)
+    distributed.check_joined()
     distributed.check_equal(config.to_json_best_effort(sort_keys=True), "the config")
-    if folder.exists():  # better to know now than after the evaluation
-        distributed.on_main(lambda: workdirs.prepare(folder))
+    distributed.check_equal(workdir, "--workdir")
+    distributed.check_equal(str(checkpoint), "--checkpoint")
+    if distributed.on_main(lambda: _prepare_if_there(folder)):
+        distributed.check_shared(folder)
+    model, mesh, evaluator = distributed.on_all(lambda: _parts(config))
+    candidates = _candidates(config, model, mesh, checkpoint, workdir)
+    runs = {}
+    for label, params in candidates.items():
+        _logger.info("Evaluating %s.", label)
+        alone = distributed.num_processes() == 1
+        runs[label] = evaluator.run(params if alone else distributed.local_weights(params))
+    (label, trajectories), *others = runs.items()
+    report: dict[str, Any] = {"checkpoint": label, **_summary(config, evaluator.chat, trajectories)}
+    for base, base_trajectories in others:
+        report["base"] = {"checkpoint": base, **_summary(config, evaluator.chat, base_trajectories)}
+    report["ladder"] = _ladders(config)
+    if distributed.is_main():
+        workdirs.prepare(folder)
+        _write(folder, report, runs)
+        show(report)
+        _show_packs(runs)
+    return report
+
+
+def _prepare_if_there(folder: pathlib.Path) -> bool:
+    """Whether the folder exists; that it can be written to is better known before than after."""
+    if folder.exists():
+        workdirs.prepare(folder)
+    return folder.exists()
+
+
+def _parts(config: ConfigDict) -> tuple[models.Decoder, jax.sharding.Mesh, Evaluator]:
+    """What the config describes, but for the parameters."""
     chat = chats.load_chat(config.tokenizer.source)
     model = build.make_model(config, chat)
     mesh = build.make_mesh(config, model)
@@ -163,23 +195,7 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
         tasksets=build.load_tasksets(config, list(names)),
         sampler=build.make_engine(config, model, distributed.sampling_mesh(mesh)),
     )
-    candidates = _candidates(config, model, mesh, checkpoint, workdir)
-    runs = {}
-    for label, params in candidates.items():
-        _logger.info("Evaluating %s.", label)
-        alone = distributed.num_processes() == 1
-        runs[label] = evaluator.run(params if alone else distributed.local_weights(params))
-    (label, trajectories), *others = runs.items()
-    report: dict[str, Any] = {"checkpoint": label, **_summary(config, chat, trajectories)}
-    for base, base_trajectories in others:
-        report["base"] = {"checkpoint": base, **_summary(config, chat, base_trajectories)}
-    report["ladder"] = _ladders(config)
-    if distributed.is_main():
-        workdirs.prepare(folder)
-        _write(folder, report, runs)
-        show(report)
-        _show_packs(runs)
-    return report
+    return model, mesh, evaluator
 
 
 def entry_names(config: ConfigDict) -> list[str]:
@@ -306,11 +322,13 @@ def _candidates(
     checkpoint: str | int,
     workdir: str,
 ) -> dict[str, learner.Params]:
-    """Parameters to evaluate by label: the checkpoint asked for, then the base model."""
-    like = build.abstract_params(model, mesh)
-    text = str(checkpoint)
-    folder = pathlib.Path(text)
-    if (folder / "config.json").exists() and not (folder / "checkpoints").exists():
+    """Parameters to evaluate by label: the checkpoint asked for, then the base model.
+
+    Which they are is decided on one process: another may have an older list of the same folder.
+    """
+    workdir, text, is_run = distributed.on_main(lambda: _where(str(checkpoint), workdir))
+    if not is_run:
+        folder = pathlib.Path(workdir)
         published = models.from_pretrained(
             folder,
             dtype=config.model.dtype,
@@ -318,22 +336,28 @@ def _candidates(
             place=sharding.place(mesh),
         )
         _check_same_model(folder, published, model)
-        return {text: build.params_of(published)}
-    if (folder / "checkpoints").is_dir():  # of another run
-        workdir, text = text, "latest"
-    elif folder.is_dir() and folder.name.isdigit():  # the folder of an Orbax step
-        workdir, text = str(folder.resolve().parent.parent), folder.name
+        return {workdir: build.params_of(published)}
     same = _SAME + (_SAME_EXPERTS if model.config.num_experts else ())
-    workdirs.check_same(pathlib.Path(workdir), config, same)
+    distributed.on_main(lambda: workdirs.check_same(pathlib.Path(workdir), config, same))
     store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
+    like = build.abstract_params(model, mesh)
     try:
-        step = _step_of(text, store, workdir)
-        found = {f"step {step}": store.restore_params(step, like)}
-        if config.evaluation.compare_base and step != 0 and 0 in store.steps():
-            found["step 0"] = store.restore_params(0, like)
-        return found
+        steps = distributed.on_main(lambda: _steps_of(text, store, workdir, config))
+        return {f"step {step}": store.restore_params(step, like) for step in steps}
     finally:
         store.close()
+
+
+def _where(checkpoint: str, workdir: str) -> tuple[str, str, bool]:
+    """The folder that holds a checkpoint, which one of it, and whether it is that of a run."""
+    folder = pathlib.Path(checkpoint)
+    if (folder / "checkpoints").is_dir():  # of another run
+        return checkpoint, "latest", True
+    if (folder / "config.json").exists():  # published weights
+        return checkpoint, "", False
+    if folder.is_dir() and folder.name.isdecimal():  # the folder of an Orbax step
+        return str(folder.resolve().parent.parent), folder.name, True
+    return workdir, checkpoint, True
 
 
 def _check_same_model(
@@ -351,6 +375,15 @@ def _check_same_model(
         )
 
 
+def _steps_of(
+    text: str, store: checkpoints.Checkpoints, workdir: str, config: ConfigDict
+) -> list[int]:
+    """The step that was asked for, and step 0 if it is to be compared with that."""
+    step = _step_of(text, store, workdir)
+    has_base = config.evaluation.compare_base and step != 0 and 0 in store.steps()
+    return [step, 0] if has_base else [step]
+
+
 def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
     latest = store.latest_step()
     if latest is None:
@@ -359,7 +392,7 @@ def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
         )
     if text in ("latest", "base"):
         return latest if text == "latest" else 0
-    if not text.isdigit():
+    if not text.isdecimal():
         raise checkpoints.CheckpointError(
             "--checkpoint must be latest, base, a step, or the folder of a run, of a step "
             f"(DIR/checkpoints/50) or of a Hugging Face model; got {text!r}."

@@ -19,13 +19,10 @@ from typing import Any
 import numpy as np
 
 from codjax import scoring, seeds
+from codjax.checks import NonFiniteMetricError
 from codjax.types import Episode, EpisodeKind, StopReason, Trajectory, Turn
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class NonFiniteMetricError(ValueError):
-    """A metric is nan or infinite, which ends the run: nothing after it could be trusted."""
 
 
 def rollout_metrics(

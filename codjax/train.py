@@ -71,12 +71,13 @@ def main(config: ConfigDict, workdir: str) -> None:
     """
     validation.validate(config)
     folder = pathlib.Path(workdir)
+    distributed.check_joined()
     distributed.check_equal(config.to_json_best_effort(sort_keys=True), "the config")
+    distributed.check_equal(workdir, "--workdir")
     distributed.on_main(lambda: workdirs.prepare(folder))
     distributed.on_main(lambda: workdirs.check_resumes(folder, config))
     distributed.check_shared(folder)
-    distributed.check_joined()
-    run = _Run.of(config)
+    run = distributed.on_all(lambda: _Run.of(config))
     if distributed.is_main():
         workdirs.write_config(folder, config)
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
@@ -164,17 +165,23 @@ class _Rollouts:
         return self._waiting
 
     def close(self) -> None:
-        """Wait for what is being sampled and end the thread."""
-        if self._ahead is not None and not self._ahead.done():
+        """End the thread: alone, after what is being sampled.
+
+        Only a run that fails is still sampling here. One of several processes must not wait then:
+        the others wait for it, and `distributed.leave` ends the thread too.
+        """
+        is_alone = distributed.num_processes() == 1
+        if is_alone and self._ahead is not None and not self._ahead.done():
             _logger.info("Waiting for the rollout that is being sampled.")
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=is_alone, cancel_futures=True)
 
 
 def _begin(
     run: _Run, store: checkpoints.Checkpoints, folder: pathlib.Path
 ) -> tuple[learner.TrainState, dict[str, Any]]:
     """State and position to go on from: the newest checkpoint, else the model after warm-up."""
-    latest = store.latest_step()
+    # Decided by one: others may have an older list of the same folder.
+    latest = distributed.on_main(store.latest_step)
     if latest is not None:
         _logger.info("Resuming %s from step %d.", folder, latest)
         return store.restore(latest, run.learner.abstract_state())

@@ -8,7 +8,7 @@ import types
 import pytest
 
 import codjax
-from codjax import cli
+from codjax import checks, cli
 
 CONFIG = """
 from codjax.config import default_config, evaluation, taskset
@@ -238,6 +238,46 @@ def test_unexpected_errors_and_interrupts(config_file, calls, capsys, monkeypatc
     assert capsys.readouterr().err == (
         "\ncodjax train: interrupted; the same command goes on from the newest checkpoint.\n"
     )
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(("variable", "status"), [(None, 0), ("", 0), ("143", 143)])
+def test_a_run_that_was_stopped_ends_as_who_started_it_wants(
+    variable, status, config_file, calls, monkeypatch
+):
+    if variable is not None:
+        monkeypatch.setenv("CODJAX_STOP_STATUS", variable)
+    monkeypatch.setattr(codjax.train, "main", raising(checks.StoppedError("stopped")))
+    assert cli.main(["train", f"--config={config_file}", "--workdir=runs/x"]) == status
+
+
+@pytest.mark.parametrize("value", ["-1", "256", "²", "no"])
+def test_the_status_of_a_stop_is_checked_before_the_run(
+    value, config_file, calls, capsys, monkeypatch
+):
+    monkeypatch.setenv("CODJAX_STOP_STATUS", value)
+    assert cli.main(["train", f"--config={config_file}", "--workdir=runs/x"]) == 2
+    assert "CODJAX_STOP_STATUS must be an exit status from 0 to 255" in one_line_of(capsys)
+    assert not calls
+
+
+def test_a_nan_has_a_status_of_its_own(config_file, calls, capsys, monkeypatch):
+    error = checks.NonFiniteMetricError("loss/total is nan at step 7: the run stops here.")
+    monkeypatch.setattr(codjax.train, "main", raising(error))
+    assert cli.main(["train", f"--config={config_file}", "--workdir=runs/x"]) == 3
+    assert one_line_of(capsys) == f"codjax train: {error}"
+
+
+def test_a_step_is_a_decimal_number(config_file, calls, capsys):
+    flags = [f"--config={config_file}", "--workdir=runs/x", "--checkpoint=²"]
+    assert cli.main(["eval", *flags]) == 2
+    assert "--checkpoint must be latest, base, a step" in one_line_of(capsys)
 
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["eval", "-h"], ["data", "-h"]])

@@ -12,13 +12,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from codjax import checks, config_files, distributed, metrics, sharding, train
+from codjax import (
+    checkpoints,
+    checks,
+    config_files,
+    distributed,
+    evaluate,
+    metrics,
+    sharding,
+    train,
+)
 
 TESTS = pathlib.Path(__file__).parent
 TINY = TESTS / "tiny.py"
@@ -127,7 +137,7 @@ def test_two_processes_stop_as_one_and_one_process_goes_on(whole, tmp_path):
     wait_for(lambda: "train: step 1 of" in log.read_text(), process, log)
     wait_for(lambda: len(rows(two)) >= 3, process, log)
     os.kill(pid_of(1, two), signal.SIGTERM)
-    assert process.wait(timeout=60) == 143, log.read_text()
+    assert process.wait(timeout=60) == 0, log.read_text()
 
     last = len(rows(two))
     for index in range(2):
@@ -180,14 +190,17 @@ def test_a_killed_process_ends_all_and_the_loop_starts_them_again(whole, tmp_pat
     assert log.read_text().count("Resuming") == 2
 
 
-def run_each(*commands):
-    """(status, stderr) of processes that are one run, each with its own flags of codjax."""
+def run_each(*commands, folders=None):
+    """(status, stderr) of processes that are one run, each with its own flags and folder."""
     port = free_port()
+    paths = [str(path) for path in (TESTS.parent, TESTS.parent / "kernels")]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "codjax", *command],
+            cwd=folders[index] if folders else None,
             env=os.environ
             | {
+                "PYTHONPATH": os.pathsep.join(paths),
                 "CODJAX_COORDINATOR": f"127.0.0.1:{port}",
                 "CODJAX_NUM_PROCESSES": str(len(commands)),
                 "CODJAX_PROCESS_ID": str(index),
@@ -211,23 +224,52 @@ def run_each(*commands):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_processes_that_were_told_different_things_say_so_and_end(tmp_path):
-    flags = ("train", f"--config={TINY}", f"--workdir={tmp_path / 'one'}")
-    for status, errors in run_each(flags, (*flags, "--config.seed=1")):
+@pytest.mark.parametrize(
+    ("command", "first", "second", "what"),
+    [
+        ("train", "--config.seed=0", "--config.seed=1", "the config"),
+        ("train", "--workdir=one", "--workdir=two", "--workdir"),
+        ("eval", "--checkpoint=0", "--checkpoint=1", "--checkpoint"),
+    ],
+)
+def test_processes_that_were_told_different_things_say_so_and_end(
+    command, first, second, what, tmp_path
+):
+    flags = (command, f"--config={TINY}", "--workdir=one")
+    for status, errors in run_each((*flags, first), (*flags, second), folders=[tmp_path] * 2):
         assert status == 2, errors
-        assert "the config must be the same on all processes; on process 1 it is not" in errors
-    assert not (tmp_path / "one").exists()
+        assert f"{what} must be the same on all processes; on process 1 it is not" in errors
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_processes_without_a_common_folder_say_so_and_end(tmp_path):
-    flags = ("train", f"--config={TINY}")
-    here, there = (f"--workdir={tmp_path / name}" for name in ("here", "there"))
-    for status, errors in run_each((*flags, here), (*flags, there)):
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("flag", ["--config.num_steps=-1", "--config.num_stebs=1"])
+def test_a_mistake_of_one_process_is_told_to_all(flag, wrong, tmp_path):
+    """Before it has joined the others, which would wait for it, and start again, for hours."""
+    commands = [["train", f"--config={TINY}", "--workdir=one"] for _ in range(2)]
+    commands[wrong].append(flag)
+    found = run_each(*commands, folders=[tmp_path] * 2)
+    assert [status for status, _ in found] == [2, 2], found
+    assert found[wrong][1].count("codjax train: ") == 1, found
+    assert f"codjax train: on process {wrong}, " in found[1 - wrong][1]
+    assert "num_ste" in found[1 - wrong][1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_processes_without_a_common_folder_say_so_and_end(command, tmp_path):
+    (tmp_path / "here" / "one").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    flags = (command, f"--config={TINY}", "--workdir=one")
+    folders = [tmp_path / name for name in ("here", "there")]
+    for status, errors in run_each(flags, flags, folders=folders):
         assert status == 2, errors
         assert "must be one folder that all processes see" in errors
         assert "process 1 sees another one" in errors
+    assert not list((tmp_path / "there").iterdir())
 
 
 @pytest.mark.slow
@@ -263,11 +305,41 @@ def test_who_the_others_are():
         (("host", "4", "3"), r"host:port of process 0; got 'host'"),
         (("host:1", "4", "4"), r"from 0 to CODJAX_NUM_PROCESSES - 1; got '4' of '4'"),
         (("host:1", "four", "0"), r"got '0' of 'four'"),
+        (("host:1", "²", "0"), r"got '0' of '²'"),
+        (("host:²", "4", "0"), r"host:port of process 0; got 'host:²'"),
     ],
 )
 def test_variables_that_cannot_be_right(values, message):
     with pytest.raises(checks.ConfigError, match=message):
         distributed._explicit(dict(zip(distributed.VARIABLES, values, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "4"),  # srun codjax train
+        ("OMPI_COMM_WORLD_SIZE", "4"),  # mpirun codjax train
+        ("TPU_WORKER_HOSTNAMES", "one,two"),  # GKE
+    ],
+)
+def test_one_of_several_must_be_told_so(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    message = rf"--distributed=true must be given: {name}={value} says.*env -u {name}"
+    with pytest.raises(checks.ConfigError, match=message):
+        distributed.initialize(autodetect=False)
+    with pytest.raises(checks.ConfigError, match=message):
+        distributed.check_joined()
+
+
+def test_one_process_in_a_job_of_several_is_alone(monkeypatch):
+    """`codjax train` in the script of a SLURM job, on a host of TPUs, under `mpirun -n 1`."""
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    distributed.initialize(autodetect=False)
+    distributed.check_joined()
 
 
 @pytest.mark.parametrize("num_items", [0, 1, 2, 7])
@@ -283,10 +355,55 @@ def test_shares_together_are_the_whole(num_items, monkeypatch):
 def test_alone_nothing_is_sent(tmp_path):
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     assert distributed.on_main(lambda: 3) == 3
+    assert distributed.on_all(lambda: 3) == 3
     distributed.check_equal("x", "the config")
     distributed.check_shared(tmp_path / "not there")
     distributed.check_joined()
     distributed.leave(1)  # returns
+
+
+def test_a_mistake_of_one_is_raised_by_all(monkeypatch):
+    def fail():
+        raise checks.ConfigError("no such tokenizer")
+
+    told = []
+    monkeypatch.setattr(distributed, "gather", lambda value: told.append(value) or [None, value])
+    with pytest.raises(checks.ConfigError, match=r"^no such tokenizer$"):
+        distributed.on_all(fail)
+    assert told == ["no such tokenizer"]
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, "no such tokenizer"])
+    with pytest.raises(checks.ConfigError, match=r"^on process 1, no such tokenizer$"):
+        distributed.on_all(lambda: 3)
+
+
+def test_the_first_process_decides_what_is_restored(whole, tmp_path, monkeypatch):
+    """Another may see an older list of the same folder, as on NFS."""
+
+    def step_0(function):
+        """`on_main` where process 0 sees step 0 alone."""
+        return {int: 0, list: [0]}.get(type(found := function()), found)
+
+    workdir, config = shutil.copytree(whole, tmp_path / "run"), tiny(num_steps=1)
+    run = train._Run.of(config)
+    monkeypatch.setattr(distributed, "on_main", step_0)
+    store = checkpoints.Checkpoints(workdir, keep=1)
+    assert store.latest_step() > 0
+    assert train._begin(run, store, workdir)[1]["step"] == 0
+    store.close()
+    assert evaluate.main(config, "latest", str(workdir))["checkpoint"] == "step 0"
+
+
+def test_a_failure_among_several_does_not_wait_for_the_rollout(monkeypatch):
+    """The others would wait for this process inside a collective."""
+    is_over = threading.Event()
+    monkeypatch.setattr(train, "sample_step", lambda run, step: is_over.wait(30))
+    rollouts = train._Rollouts(None, waiting=None)
+    rollouts.begin(0)
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    rollouts.close()
+    assert not rollouts._ahead.done()
+    is_over.set()
+    assert rollouts._ahead.result(timeout=30)
 
 
 def test_the_samplers_weights_outlive_the_learners():

@@ -45,6 +45,41 @@ number() {
   [[ "$2" =~ ^[1-9][0-9]*$ ]] || die "$1 must be a whole number, at least 1; got '$2'."
 }
 
+# start LABEL COMMAND…: runs it in the background; every line of its output begins with the label.
+# `${PIDS[@]}` are the processes. Ctrl-C and SIGTERM reach the process group: what passes the lines on
+# must outlive whom they are for.
+PIDS=() READERS=() PIPES=""
+start() {
+  local label="$1" pipe
+  shift
+  if [[ -z "$PIPES" ]]; then
+    PIPES="$(mktemp -d)"
+    trap 'rm -rf "$PIPES"' EXIT
+  fi
+  pipe="$PIPES/${#PIDS[@]}"
+  mkfifo "$pipe"
+  (
+    trap '' INT TERM
+    while IFS= read -r line || [[ -n "$line" ]]; do printf '[%s] %s\n' "$label" "$line"; done
+  ) <"$pipe" &
+  READERS+=($!)
+  "$@" >"$pipe" 2>&1 &
+  PIDS+=($!)
+}
+
+# Waits for all that was started, and for their last lines. Ends the script with the first status
+# other than 0 of a process.
+finish() {
+  local pid status=0 one
+  for pid in ${PIDS[@]+"${PIDS[@]}"}; do
+    one=0
+    status_of "$pid" || one=$?
+    ((status)) || status=$one
+  done
+  for pid in ${READERS[@]+"${READERS[@]}"}; do status_of "$pid" || true; done
+  exit "$status"
+}
+
 # The exit status of a child, however often our own signals interrupt the waiting.
 status_of() {
   while kill -0 "$1" 2>/dev/null; do

@@ -4,7 +4,7 @@
 #     bash scripts/launch/local.sh -n 2 --config=configs/quickstart.py --workdir=runs/two
 #
 # All flags but these go to codjax train. Ends with the first status other than 0 of a process.
-# SIGTERM goes to all processes; they stop at the same step, with a checkpoint, and status 143.
+# SIGTERM and Ctrl-C go to all processes as SIGTERM; they stop at the same step, with a checkpoint.
 #
 #   -n N           processes (default: 2)
 #   --devices=D    virtual devices of each (default: 1)
@@ -35,8 +35,7 @@ number --devices "$devices"
 number --port "$port"
 
 python="${PYTHON:-.venv/bin/python}"
-pids=()
-trap '((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap '((${#PIDS[@]} == 0)) || kill -TERM "${PIDS[@]}" 2>/dev/null || true' TERM INT
 for ((index = 0; index < num; index++)); do
   # With the default order, virtual devices may wait for each other in different collectives.
   xla="--xla_force_host_platform_device_count=$devices"
@@ -44,19 +43,12 @@ for ((index = 0; index < num; index++)); do
   command=(
     env JAX_PLATFORMS=cpu "XLA_FLAGS=$xla"
     "CODJAX_COORDINATOR=127.0.0.1:$port" "CODJAX_NUM_PROCESSES=$num" "CODJAX_PROCESS_ID=$index"
-    "$python" -m codjax train "${flags[@]}"
+    "$python" -m codjax train ${flags[@]+"${flags[@]}"}
   )
   if $PRINT; then
     run "${command[@]}"
   else
-    "${command[@]}" > >(sed -u "s/^/[$index] /") 2>&1 &
-    pids+=($!)
+    start "$index" "${command[@]}"
   fi
 done
-status=0
-for pid in "${pids[@]}"; do
-  one=0
-  status_of "$pid" || one=$?
-  ((status)) || status=$one
-done
-exit "$status"
+finish

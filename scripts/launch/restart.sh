@@ -3,24 +3,27 @@
 #
 #     bash scripts/launch/restart.sh [FLAGS] COMMAND [ARGUMENT…]
 #
-# Ends with status 0 (done) or 2 (a mistake in the config, which no repetition mends). After any
-# other status, 143 (another host was preempted) among them, it waits and runs the command again:
-# 5 s, then twice as long each time, at most 300 s; a run of ten minutes or more counts as a success.
-# SIGTERM and SIGINT go to the command, and end the loop when it has ended.
+# Ends with status 0 (done), 2 (a mistake in the config) or 3 (a metric became nan), which no
+# repetition mends. After any other status, that of a run which was stopped (143) among them, it
+# waits and runs the command again: 5 s, then twice as long each time, at most 300 s. A run that
+# leaves a newer checkpoint in the command's --workdir counts as a success, if the folder can be seen
+# from here. SIGTERM and Ctrl-C go to the command as SIGTERM, and end the loop when it has ended.
 #
 #   --final=A,B    further statuses that end the loop
-#   --tries=N      starts in a row that fail before it gives up (default: 100)
+#   --tries=N      starts in a row without a newer checkpoint before it gives up (default: 20)
 #   --pause=S      first pause in seconds (default: 5)
+#   --no-pass      keep SIGTERM and Ctrl-C from the command: srun would kill its tasks
 #   --print        print the command and touch nothing
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-final=",0,2," tries=100 pause=5
+final=",0,2,3," tries=20 pause=5 passes=true
 while (($#)); do
   case "$1" in
     --final=*) final+="${1#*=}," ;;
     --tries=*) tries="${1#*=}" ;;
     --pause=*) pause="${1#*=}" ;;
+    --no-pass) passes=false ;;
     --print) PRINT=true ;;
     -h | --help) help && exit ;;
     --) shift && break ;;
@@ -37,18 +40,41 @@ if $PRINT; then
   exit
 fi
 
-child="" is_ending=false
-# shellcheck disable=SC2329 # called by the trap
-pass_on() {
-  is_ending=true
-  [[ -z "$child" ]] || kill "-$1" "$child" 2>/dev/null || true
+# A run that was stopped must not look complete.
+export CODJAX_STOP_STATUS=143
+
+workdir="" before=""
+for word in "$@"; do
+  case "$before $word" in
+    *' --workdir='*) workdir="${word#*=}" ;;
+    '--workdir '*) workdir="$word" ;;
+  esac
+  before="$word"
+done
+
+# The number of the newest checkpoint in the workdir; -1 if there is none, or none to be seen.
+newest() {
+  local path step=-1
+  for path in "$workdir"/checkpoints/*; do
+    path="${path##*/}"
+    if [[ "$path" =~ ^[0-9]+$ ]] && ((path > step)); then step=$path; fi
+  done
+  echo "$step"
 }
-trap 'pass_on TERM' TERM
-trap 'pass_on INT' INT
+
+child="" sleeper="" is_ending=false
+# shellcheck disable=SC2329 # called by the trap
+end() {
+  is_ending=true
+  [[ -z "$sleeper" ]] || kill "$sleeper" 2>/dev/null || true
+  # Not SIGINT, which a background process ignores.
+  ! $passes || [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true
+}
+trap end TERM INT
 
 wait_s=$pause num_failed=0
 while true; do
-  started=$SECONDS status=0
+  status=0 step="$(newest)"
   "$@" &
   child=$!
   status_of "$child" || status=$?
@@ -56,7 +82,7 @@ while true; do
   if $is_ending || [[ "$final" == *",$status,"* ]]; then
     exit "$status"
   fi
-  if ((SECONDS - started >= 600)); then
+  if (($(newest) > step)); then
     wait_s=$pause num_failed=0
   fi
   num_failed=$((num_failed + 1))
@@ -66,9 +92,9 @@ while true; do
   fi
   echo "restart.sh: ended with status $status; again in $wait_s s." >&2
   sleep "$wait_s" &
-  child=$!
-  status_of "$child" || true
-  child=""
+  sleeper=$!
+  status_of "$sleeper" || true
+  sleeper=""
   if $is_ending; then
     exit "$status"
   fi

@@ -10,7 +10,7 @@
 #   --nodes=N            (default: 1)
 #   --gpus-per-node=G    (default: 8)
 #   --time=T             limit of one job; 10 minutes before it, the run stops with a checkpoint and
-#                        is queued again (default: 24:00:00)
+#                        is queued again (default: 24:00:00); see docs/launch.md for preemption
 #   --sbatch=FLAG        a further flag of sbatch, as --sbatch=--partition=gpu; may be repeated
 #   --print              print the command and touch nothing
 set -euo pipefail
@@ -36,4 +36,5 @@ number --gpus-per-node "$gpus"
 # Without "B:", the signal goes to the processes of the step and not to the batch script.
 run sbatch --job-name=codjax --nodes="$nodes" --ntasks-per-node="$gpus" \
   --gpus-per-node="$gpus" --time="$time" --requeue --open-mode=append \
-  --signal=TERM@600 --output=codjax-%j.log "${more[@]}" scripts/launch/train.sbatch "${flags[@]}"
+  --signal=TERM@600 --output=codjax-%j.log ${more[@]+"${more[@]}"} \
+  scripts/launch/train.sbatch ${flags[@]+"${flags[@]}"}

@@ -6,7 +6,7 @@
 #
 # Every host must have codjax installed in DIR/.venv (or PYTHON=…) and see the same workdir. All
 # other flags go to codjax train. When one process fails, all end: put restart.sh before this script
-# to start again. SIGTERM here stops all at the same step, with a checkpoint, and status 143.
+# to start again. SIGTERM and Ctrl-C here stop all at the same step, with a checkpoint.
 #
 #   --hosts=A,B    one process each, on all devices of the host; the first is the coordinator
 #   --dir=DIR      folder of codjax, the same on all hosts
@@ -34,7 +34,6 @@ IFS=, read -r -a names <<<"$hosts"
 
 python="${PYTHON:-.venv/bin/python}"
 ssh=(ssh -o BatchMode=yes -o ServerAliveInterval=15)
-pids=()
 # Each process leaves its number beside the coordinator's port, so that SIGTERM can reach it.
 # shellcheck disable=SC2329 # called by the trap
 stop_all() {
@@ -48,18 +47,12 @@ trap stop_all TERM INT
 for index in "${!names[@]}"; do
   command="cd $(quoted "$dir") && echo \$\$ > /tmp/codjax-$port-$index.pid && exec env $(quoted \
     "CODJAX_COORDINATOR=${names[0]#*@}:$port" "CODJAX_NUM_PROCESSES=${#names[@]}" \
-    "CODJAX_PROCESS_ID=$index" "$python" -m codjax train "${flags[@]}")"
+    "CODJAX_PROCESS_ID=$index" "CODJAX_STOP_STATUS=${CODJAX_STOP_STATUS:-0}" \
+    "$python" -m codjax train ${flags[@]+"${flags[@]}"})"
   if $PRINT; then
     run "${ssh[@]}" "${names[$index]}" "$command"
   else
-    "${ssh[@]}" "${names[$index]}" "$command" > >(sed -u "s/^/[${names[$index]}] /") 2>&1 &
-    pids+=($!)
+    start "${names[$index]}" "${ssh[@]}" "${names[$index]}" "$command"
   fi
 done
-status=0
-for pid in "${pids[@]}"; do
-  one=0
-  status_of "$pid" || one=$?
-  ((status)) || status=$one
-done
-exit "$status"
+finish

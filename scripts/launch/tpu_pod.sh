@@ -19,12 +19,13 @@
 #   --version=V    software of the VMs (default: by type)
 #   --slices=N     slices, joined by the data centre's network (default: 1)
 #   --spot         cheaper, and taken away at any time
+#   --python=P     of setup: the Python over there, at least 3.11 (default: the first that is found)
 #   --print        print the commands and touch nothing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/launch/common.sh
 
-action="${1:-}" name="" zone="" type="" version="" slices=1 spot=() flags=()
+action="${1:-}" name="" zone="" type="" version="" slices=1 python="" spot=() flags=()
 (($#)) && shift
 while (($#)); do
   case "$1" in
@@ -34,6 +35,7 @@ while (($#)); do
     --version=*) version="${1#*=}" ;;
     --slices=*) slices="${1#*=}" ;;
     --spot) spot=(--spot) ;;
+    --python=*) python="${1#*=}" ;;
     --print) PRINT=true ;;
     -h | --help) help && exit ;;
     *) flags+=("$1") ;;
@@ -69,7 +71,7 @@ default_version() {
 # Runs a command on every worker of every slice, at once.
 everywhere() {
   local node pids=() status=0
-  for node in "${nodes[@]}"; do
+  for node in ${nodes[@]+"${nodes[@]}"}; do
     local command=("${tpus[@]}" tpu-vm ssh "$node" --zone="$zone" --worker=all --command="$1")
     if $PRINT; then
       run "${command[@]}"
@@ -78,7 +80,7 @@ everywhere() {
       pids+=($!)
     fi
   done
-  for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || status=$?; done
   return "$status"
 }
 
@@ -88,26 +90,27 @@ case "$action" in
     version="${version:-$(default_version)}"
     if ((slices == 1)); then
       run "${tpus[@]}" tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" \
-        --version="$version" "${spot[@]}"
+        --version="$version" ${spot[@]+"${spot[@]}"}
     else
       run "${tpus[@]}" queued-resources create "$name" --zone="$zone" --accelerator-type="$type" \
-        --runtime-version="$version" --node-count="$slices" --node-prefix="$name" "${spot[@]}"
+        --runtime-version="$version" --node-count="$slices" --node-prefix="$name" \
+        ${spot[@]+"${spot[@]}"}
     fi
     ;;
   setup)
     archive="/tmp/codjax-$name.tar.gz"
     run git archive --format=tar.gz --output="$archive" HEAD
-    for node in "${nodes[@]}"; do
+    for node in ${nodes[@]+"${nodes[@]}"}; do
       run "${tpus[@]}" tpu-vm scp "$archive" "$node:codjax.tar.gz" --zone="$zone" --worker=all
     done
     everywhere "mkdir -p codjax && tar -xzf codjax.tar.gz -C codjax && cd codjax && \
-. scripts/install.sh && install_codjax tpu"
+. scripts/install.sh && ${python:+PYTHON=$(quoted "$python") }install_codjax tpu"
     ;;
   train)
     ((${#flags[@]})) || die "flags of codjax train must be given: --config=… --workdir=…"
     command=(
       nohup bash scripts/launch/restart.sh .venv/bin/python -m codjax train --distributed=true
-      "${flags[@]}"
+      ${flags[@]+"${flags[@]}"}
     )
     everywhere "cd codjax && { $(quoted "${command[@]}") >> ../codjax.log 2>&1 < /dev/null & \
 echo \$! > ../codjax.pid; }"
