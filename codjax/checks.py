@@ -22,6 +22,10 @@ class StoppedError(Exception):
     """A run was asked to stop and did, at a step, with a checkpoint; the same command goes on."""
 
 
+class WriteError(Exception):
+    """A disk failed or is full; the message is one line, and the same command goes on."""
+
+
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
 

@@ -5,7 +5,7 @@ are imported only then, so that a mistake is answered at once.
 
 Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
 and how to mend it; 130 interrupted; 143 stopped by SIGTERM, with a checkpoint; 1 anything else,
-with a traceback.
+with a traceback, or in one line where a disk failed during a conversion.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 import codjax
 from codjax import checks, config_files, validation
-from codjax.checks import ConfigError, StoppedError
+from codjax.checks import ConfigError, StoppedError, WriteError
 
 SUCCESS, FAILURE, BAD_USAGE, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 
@@ -82,9 +82,9 @@ def _status(args: list[str]) -> int:
     program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
     try:
         return _answer(args)
-    except ConfigError as error:
+    except (ConfigError, WriteError) as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
-        return BAD_USAGE
+        return BAD_USAGE if isinstance(error, ConfigError) else FAILURE
     except StoppedError as stopped:
         _write(f"{program}: {stopped}.\n", to=sys.stderr)
         return STOPPED
