@@ -14,6 +14,7 @@ from codjax import build, cli, config_files, convert, models, sharding, validati
 from codjax import chat as chats
 from codjax.models import hf_folder
 from tests import converting
+from tests.models import cases
 
 TINY = pathlib.Path(__file__).parent / "tiny.py"
 
@@ -147,6 +148,63 @@ def test_a_tied_table_stored_twice_is_left_out_and_told(tmp_path):
     assert converting.tensors_in(tmp_path / "again").keys() == tensors.keys()
 
 
+# Values that are not finite.
+
+
+def write_value(folder, name, value, dtype=np.float32):
+    """Set the first value of a tensor of a single file."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    array = tensors[name].astype(dtype)
+    array.reshape(-1)[:1] = value
+    safetensors.numpy.save_file(tensors | {name: array}, file)
+
+
+def test_values_that_are_not_finite_are_kept_and_told(tmp_path, capsys):
+    source = converting.write_model(tmp_path / "hf", dtype="float32")
+    write_value(source, "model.layers.1.mlp.up_proj.weight", np.nan)
+    write_value(source, "model.layers.2.mlp.up_proj.weight", -np.inf)
+    write_value(source, "model.norm.weight", np.inf)
+    told = (
+        "not finite: 1 values of final_norm, as in the source\n"
+        "not finite: 2 values of layers.up, as in the source\n"
+    )
+    assert told in convert.main(str(source), str(tmp_path / "orbax"), dtype="bfloat16")
+    text = convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"), max_shard_size="4KB")
+    assert told in text
+    record = json.loads((tmp_path / "again" / "conversion.json").read_text())
+    assert record["non_finite"] == {"final_norm": 1, "layers.up": 2}
+    convert.main(str(source), str(tmp_path / "exact"))
+    convert.main(str(tmp_path / "exact"), str(tmp_path / "back"))
+    assert converting.tensors_in(tmp_path / "back") == converting.tensors_in(source)
+
+
+@pytest.mark.parametrize("direction", ["to orbax", "to hugging face"])
+def test_values_that_a_dtype_cannot_hold_are_refused(direction, tmp_path, capsys):
+    source = converting.write_model(tmp_path / "hf", dtype="float32")
+    write_value(source, "model.layers.1.mlp.up_proj.weight", np.nan)
+    write_value(source, "model.layers.2.mlp.up_proj.weight", 3.4e38)  # bfloat16 ends at 3.39e38
+    if direction == "to hugging face":
+        convert.main(str(source), str(tmp_path / "orbax"))
+        source = tmp_path / "orbax"
+    args = ["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]
+    assert cli.main([*args, "--dtype=bfloat16"]) == 2
+    assert converting.line_of(capsys) == (
+        "codjax convert: --dtype=bfloat16 cannot hold 1 values of layers.up: they are finite in "
+        "float32, and not in bfloat16; give another dtype, or none.\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert cli.main(args) == 0
+
+
+def test_wide_values_of_some_layers_are_seen_in_their_own_dtype(tmp_path, capsys):
+    source = converting.write_model(tmp_path / "hf")
+    write_value(source, "model.layers.1.mlp.up_proj.weight", 1e300, np.float64)
+    args = ["convert", f"--source={source}", f"--output={tmp_path / 'out'}", "--dtype=float32"]
+    assert cli.main(args) == 2
+    assert "--dtype=float32 cannot hold 1 values of layers.up" in converting.line_of(capsys)
+
+
 # What others read.
 
 
@@ -171,3 +229,73 @@ def test_transformers_loads_an_export_without_a_word(tmp_path, caplog, recwarn):
     assert not recwarn.list
     tokens = torch.arange(10)[None]
     assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# As transformers 5 writes them.
+NEW_SPELLINGS = {
+    "llama": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3 | {"rope_theta": 5e3},
+        "num_key_value_heads": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e3},
+    },
+}
+OLD_SPELLINGS = {"llama": {"rope_scaling": LLAMA3}, "qwen3_moe": {"num_experts": 4}}
+REMOVED = ("rope_theta", "rope_scaling", "num_experts", "architectures", "torch_dtype", "dtype")
+
+
+@pytest.mark.parametrize("name", NEW_SPELLINGS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_export_has_the_spellings_of_older_loaders(name, dtype, tmp_path):
+    fields = cases.fields_of({"llama": "smollm2"}.get(name, name))
+    fields = {key: value for key, value in fields.items() if key not in REMOVED}
+    fields |= NEW_SPELLINGS[name]
+    config = models.DecoderConfig.from_hf(fields, dtype="float32", param_dtype=dtype, remat="none")
+    models.save_pretrained(converting.random_model(config), tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+    convert.main(str(tmp_path / "hf"), str(tmp_path / "orbax"))
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text()) == fields
+    convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"))
+    found = json.loads((tmp_path / "again" / "config.json").read_text())
+    added = {"rope_theta": 5e3, "architectures": config.to_hf()["architectures"]}
+    assert found == fields | added | OLD_SPELLINGS[name] | {"torch_dtype": dtype}
+    for kept in ({}, {"rope_parameters": None, "num_local_experts": None}):  # for old and for new
+        read = {key: value for key, value in (found | kept).items() if value is not None}
+        again = models.DecoderConfig.from_hf(read, dtype="float32", param_dtype=dtype, remat="none")
+        assert again == config
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mixture_that_transformers_wrote_comes_back_whole(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    fields = cases.fields_of("qwen3_moe") | {"tie_word_embeddings": tied}
+    config = transformers.AutoConfig.for_model(**fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    convert.main(str(tmp_path / "hf"), str(tmp_path / "orbax"))
+    convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"), max_shard_size="30KB")
+    assert converting.tensors_in(tmp_path / "again") == converting.tensors_in(tmp_path / "hf")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", output_loading_info=True, dtype="auto"
+    )
+    assert not any(report.values())
+    assert loaded.dtype == torch.bfloat16
+    ours = theirs.state_dict()
+    assert loaded.state_dict().keys() == ours.keys()
+    assert all(torch.equal(value, ours[key]) for key, value in loaded.state_dict().items())

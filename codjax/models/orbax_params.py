@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -100,17 +101,19 @@ def write(folder: pathlib.Path, params: Mapping[str, Written]) -> None:
 
     Raises:
         OSError: the disk is full, or fails.
+        Exception: whatever `Written.read` raises.
     """
-    registry = type_handlers.create_type_handler_registry((Written, _PieceByPiece()))
+    writer = _PieceByPiece()
+    registry = type_handlers.create_type_handler_registry((Written, writer))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with _quietly(), ocp.Checkpointer(handler) as checkpointer:
-        try:
+    try:
+        with _quietly(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(nested(params)))
-        except ValueError as error:
-            code = _OS_ERROR.search(str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
+    except ValueError as error:
+        raise _of_system(writer.failure or error, folder) from error
+    if writer.failure is not None:
+        shutil.rmtree(folder)
+        raise _of_system(writer.failure, folder)
 
 
 def check(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -234,6 +237,12 @@ def _named(what: str) -> Iterator[None]:
         ) from error
 
 
+def _of_system(error: Exception, folder: pathlib.Path) -> Exception:
+    """The error of the system that TensorStore tells of in words; any other as it is."""
+    code = _OS_ERROR.search(str(error)) if isinstance(error, ValueError) else None
+    return error if code is None else OSError(int(code[1]), os.strerror(int(code[1])), str(folder))
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without Orbax's log of errors, each with its traceback: it raises them too."""
@@ -247,11 +256,17 @@ def _quietly() -> Iterator[None]:
 
 
 class _PieceByPiece(type_handlers.NumpyHandler):
-    """Writes `Written` parameters, all of them through one piece of memory."""
+    """Writes `Written` parameters, all of them through one piece of memory.
+
+    Attributes:
+        failure: what went wrong first; nothing is written after it. Raised here, it would leave the
+            other parameters' writes hanging in an event loop that Orbax has closed.
+    """
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()  # Orbax begins to write all arrays at once
+        self.failure: Exception | None = None
 
     def typestr(self) -> str:
         return "jax.Array"  # what the trainer's own checkpoints say
@@ -261,7 +276,12 @@ class _PieceByPiece(type_handlers.NumpyHandler):
     ) -> None:
         tspec["metadata"]["chunks"] = list(value.chunks)
         async with self._turn:
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            for index in value.pieces():
-                piece = value.read(index)
-                await store[index].write(piece, can_reference_source_data_indefinitely=True)
+            if self.failure is not None:
+                return
+            try:
+                store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+                for index in value.pieces():
+                    piece = value.read(index)
+                    await store[index].write(piece, can_reference_source_data_indefinitely=True)
+            except Exception as error:  # `write` raises it
+                self.failure = error

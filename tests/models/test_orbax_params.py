@@ -143,3 +143,20 @@ def test_an_error_of_the_disk_is_told_as_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device") as caught:
         orbax_params.write(tmp_path / "params", {})
     assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "params"))
+
+
+def test_what_a_parameter_raises_is_raised_and_nothing_is_left(tmp_path, caplog):
+    value = np.zeros((40, 512, 512), np.float32)
+
+    def read(index):
+        if index[0].start == 3:
+            raise KeyError("mine")
+        return value[index]
+
+    axes = ("layers", "embed", "mlp")
+    bad = orbax_params.Written(shape=value.shape, axes=axes, dtype=value.dtype, read=read)
+    good = written(value, axes)
+    with pytest.raises(KeyError, match="mine"):
+        orbax_params.write(tmp_path / "params", {"a": good, "b": bad, "c": good})
+    assert not list(tmp_path.iterdir())
+    assert caplog.text == ""
