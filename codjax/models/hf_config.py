@@ -229,6 +229,10 @@ def _rope(fields: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
         if theta is not None:
             bases[name] = _checked(theta, f"{name}.rope_theta", float)
         scalings[name] = _scaling(name, settings, fields[name], max_positions)
+    if (
+        not bases and "rope_theta" in fields
+    ):  # null, and no other: transformers fails at its first use
+        _checked(fields["rope_theta"], "rope_theta", float)
     for what, found in (("bases", bases), ("scalings", scalings)):
         if len(set(found.values())) > 1:
             raise ValueError(f"config.json gives different rotary {what}: {found}.")

@@ -102,6 +102,7 @@ WITHOUT_EXPERTS = {name: value for name, value in MOE.items() if name != "num_ex
         (LLAMA | {"rms_norm_eps": -1}, "rms_norm_eps = -1; it must be above 0"),
         (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps = nan; it must be a finite number"),
         (LLAMA | {"initializer_range": -0.1}, "initializer_range = -0.1; it must be at least 0"),
+        (LLAMA | {"rope_theta": None}, "rope_theta = None; it must be a finite number"),
         (LLAMA | {"rope_theta": 0}, "rope_theta = 0; it must be above 0"),
         (LLAMA | {"rope_theta": float("inf")}, "rope_theta = inf; it must be a finite number"),
         (LLAMA | {"rope_theta": 10**400}, "rope_theta = 1000.*; it must be a finite number"),
