@@ -26,6 +26,10 @@ class NonFiniteMetricError(ValueError):
     """A metric is nan or infinite, which ends the run: nothing after it could be trusted."""
 
 
+class WriteError(Exception):
+    """A disk failed or is full; the message is one line, and the same command goes on."""
+
+
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
 

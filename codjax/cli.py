@@ -5,8 +5,9 @@ are imported only then, so that a mistake is answered at once.
 
 Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
 and how to mend it; 3 a metric became nan or infinite; 130 interrupted; 1 anything else, with a
-traceback. A run that SIGTERM stopped, with a checkpoint, ends with 0, or with CODJAX_STOP_STATUS
-where that is set: launchers that start again whatever has failed set it (docs/launch.md).
+traceback, or in one line where a disk failed during a conversion. A run that SIGTERM stopped, with
+a checkpoint, ends with 0, or with CODJAX_STOP_STATUS where that is set: launchers that start again
+whatever has failed set it (docs/launch.md).
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from ml_collections import ConfigDict
 
 import codjax
 from codjax import checks, config_files, validation
-from codjax.checks import ConfigError, NonFiniteMetricError, StoppedError
+from codjax.checks import ConfigError, NonFiniteMetricError, StoppedError, WriteError
 
 SUCCESS, FAILURE, BAD_USAGE, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
 STOPPED = 143  # by SIGTERM; what the process then ends with is `_stop_status`
 STOP_STATUS = "CODJAX_STOP_STATUS"  # a variable of the environment
+_IN_ONE_LINE = {ConfigError: BAD_USAGE, NonFiniteMetricError: NOT_FINITE, WriteError: FAILURE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,10 @@ def _status(args: list[str]) -> int:
     program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
     try:
         return _answer(args)
-    except (ConfigError, NonFiniteMetricError) as error:
+    except (ConfigError, NonFiniteMetricError, WriteError) as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
         _tell_others(args, error)
-        return BAD_USAGE if isinstance(error, ConfigError) else NOT_FINITE
+        return next(status for kind, status in _IN_ONE_LINE.items() if isinstance(error, kind))
     except StoppedError as stopped:
         _write(f"{program}: {stopped}.\n", to=sys.stderr)
         return STOPPED

@@ -11,34 +11,29 @@ one, and the same command goes on with what a killed one has left there.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import functools
-import json
 import logging
-import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from codjax import checks, models, weight_sources
+from codjax import checks, models, output_folder, weight_sources
 from codjax.checks import ConfigError
-from codjax.models import hf_folder, hf_names, orbax_params, weights
+from codjax.models import hf_folder, hf_names, hf_shards, json_files, orbax_params, weights
 from codjax.models.config import DTYPES
 
-RECORD_FILE = "conversion.json"
-_LOCK_FILE = ".lock"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_WIDEST = np.dtype(np.float64)  # holds what any tensor does, for layers of different dtypes
+_COUNTED = 2**22  # values at a time
 
 _logger = logging.getLogger(__name__)
 
 
 def main(source: str, output: str, *, dtype: str | None = None, max_shard_size: str = "5GB") -> str:
-    """Convert weights. Nothing is written before everything was checked.
+    """Convert weights. Nothing is written before everything but the values was checked.
 
     Args:
         source: a Hugging Face folder, which becomes a converted one; or a converted one, the folder
@@ -52,41 +47,56 @@ def main(source: str, output: str, *, dtype: str | None = None, max_shard_size: 
 
     Raises:
         ConfigError: what was asked for cannot be done.
+        WriteError: the disk is full, or fails.
     """
     began = time.monotonic()
     if dtype is not None:
         checks.choice("--dtype", dtype, DTYPES)
-    max_bytes = _num_bytes(max_shard_size)
+    max_bytes = output_folder.num_bytes_of(max_shard_size, "--max-shard-size")
     found = weight_sources.open_source(pathlib.Path(source).expanduser())
+    target = _target(output, source)
     dtypes = _dtypes(found, dtype)
     counterparts = hf_names.counterparts(found.config)
-    shards = hf_folder.plan_shards(counterparts, dtypes, max_bytes=max_bytes)
+    shards = hf_shards.plan_shards(counterparts, dtypes, max_bytes=max_bytes)
     record = _record(found, dtypes, max_bytes=max_bytes)
-    target = pathlib.Path(output).expanduser().absolute()
-    if _is_there(target, record):
+    if output_folder.is_there(target, record):
         return f"{output} is this conversion of {source} already; nothing was done.\n"
     fields = weight_sources.with_dtype(found.fields, dtypes) if dtype else found.fields
-    with _partial_folder(target, record, sum(shard.num_bytes for shard in shards)) as folder:
-        if found.params is None:
-            _write_orbax(folder, found, counterparts, dtypes)
-        else:
-            _write_tensors(folder, found.params, counterparts, shards)
-            fields = _for_loaders(fields, found.config)
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    with output_folder.begin(target, record, num_bytes) as out:
+        try:
+            if found.params is None:
+                _write_orbax(out, found, counterparts, dtypes)
+            else:
+                _write_tensors(out, found.params, counterparts, dtypes, shards)
+                fields = _for_loaders(fields, found.config, dtypes)
+        except orbax_params.DamagedError as error:
+            raise ConfigError(f"--source: {error}") from error
         for name, file in found.carried.items():
-            _copy(file, folder / name)
-        _write_json(folder / "config.json", fields)
-    return _text(record) + f"wrote {output} in {time.monotonic() - began:.0f} s\n"
+            _copy(file, out.path / name)
+        json_files.write(out.path / "config.json", fields)
+        out.add([*found.carried, "config.json"])
+        found.check_unchanged()
+    report = _text(record, out.non_finite)
+    return report + f"wrote {output} in {time.monotonic() - began:.0f} s\n"
 
 
-def _num_bytes(text: str) -> int:
-    """Bytes of a size as "5GB"; powers of ten, as transformers has them."""
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in _UNITS or not number.isdigit() or int(number) < 1:
+def _target(output: str, source: str) -> pathlib.Path:
+    """The folder that it will be, which a link may lead to.
+
+    Raises:
+        ConfigError: it is in the source, which it would change.
+    """
+    try:
+        target = pathlib.Path(output).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ConfigError(f"--output={output} leads nowhere: {error}.") from error
+    inside = pathlib.Path(source).expanduser().resolve()
+    if target.is_relative_to(inside):
         raise ConfigError(
-            f"--max-shard-size must be a whole number with {', '.join(_UNITS)}, as 5GB; "
-            f"got {text!r}."
+            f"--output={output} must not be in --source={source}; give a folder beside it."
         )
-    return int(number) * _UNITS[unit]
+    return target
 
 
 def _dtypes(found: weight_sources.Source, dtype: str | None) -> dict[str, np.dtype]:
@@ -100,169 +110,134 @@ def _dtypes(found: weight_sources.Source, dtype: str | None) -> dict[str, np.dty
     return {name: np.dtype(dtype or stored) for name, stored in found.dtypes.items()}
 
 
+class _Cast:
+    """Casts values to the dtypes to store in, and counts those that are not finite.
+
+    Attributes:
+        non_finite: parameters → values that are not, as the source has them.
+    """
+
+    def __init__(self, dtypes: Mapping[str, np.dtype]):
+        """To the dtype of each parameter."""
+        self._dtypes = dtypes
+        self.non_finite: Counter[str] = Counter()
+
+    def __call__(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Values of a parameter, cast; every one of them is to come once.
+
+        Raises:
+            ConfigError: finite ones are not, in the other dtype.
+        """
+        dtype = self._dtypes[name]
+        with np.errstate(over="ignore"):  # is refused below
+            cast = values.astype(dtype, copy=False)
+        before = _num_non_finite(values)
+        if before:
+            self.non_finite[name] += before
+        num_made = _num_non_finite(cast) - before if cast is not values else 0
+        if num_made:
+            raise ConfigError(
+                f"--dtype={dtype} cannot hold {num_made} values of {name}: they are finite in "
+                f"{values.dtype}, and not in {dtype}; give another dtype, or none."
+            )
+        return cast
+
+
+def _num_non_finite(values: np.ndarray) -> int:
+    """Counted a few rows at a time: a mask of a whole table would be half as large as the table."""
+    step = max(1, _COUNTED // (values.size // len(values)))
+    blocks = (values[begin : begin + step] for begin in range(0, len(values), step))
+    return sum(block.size - int(np.count_nonzero(np.isfinite(block))) for block in blocks)
+
+
 # Writing.
 
 
 def _write_orbax(
-    folder: pathlib.Path,
+    out: output_folder.Output,
     found: weight_sources.Source,
     counterparts: Mapping[str, hf_names.Counterpart],
     dtypes: Mapping[str, np.dtype],
 ) -> None:
     """Write `params/`, from the beginning unless all of it is there."""
     assert found.read_tensor is not None
-    if (folder / weights.PARAMS_FOLDER).exists():
+    read_tensor = found.read_tensor
+    if out.has(weights.PARAMS_FOLDER):
         _logger.info("The parameters are there already, whole.")
         return
-    for half in folder.glob(f"{weights.PARAMS_FOLDER}.*"):
+    for half in out.path.glob(f"{weights.PARAMS_FOLDER}*"):
         _logger.info("The parameters were not all written; they are begun again.")
         shutil.rmtree(half)
     specs = hf_names.param_specs(found.config)
-    written = {
-        name: orbax_params.Written(
-            shape=specs[name].shape,
-            axes=specs[name].axes,
-            dtype=dtypes[name],
-            read=functools.partial(
-                counterpart.read, read_tensor=found.read_tensor, dtype=dtypes[name]
-            ),
+    cast = _Cast(dtypes)
+
+    def written(name: str) -> orbax_params.Written:
+        stored = found.dtypes[name] or _WIDEST
+
+        def read(index: hf_names.Index) -> np.ndarray:
+            return cast(name, counterparts[name].read(index, read_tensor, stored))
+
+        return orbax_params.Written(
+            shape=specs[name].shape, axes=specs[name].axes, dtype=dtypes[name], read=read
         )
-        for name, counterpart in counterparts.items()
-    }
-    orbax_params.write(folder / weights.PARAMS_FOLDER, written)
+
+    orbax_params.write(
+        out.path / weights.PARAMS_FOLDER, {name: written(name) for name in counterparts}
+    )
+    out.add([weights.PARAMS_FOLDER], cast.non_finite)
 
 
 def _write_tensors(
-    folder: pathlib.Path,
+    out: output_folder.Output,
     params: pathlib.Path,
     counterparts: Mapping[str, hf_names.Counterpart],
-    shards: list[hf_folder.Shard],
+    dtypes: Mapping[str, np.dtype],
+    shards: list[hf_shards.Shard],
 ) -> None:
     """Write the safetensors files that are not there yet, one after the other."""
     part = orbax_params.StackReader(orbax_params.open_stores(params))
-    missing = [shard for shard in shards if not (folder / shard.file).is_file()]
+    missing = [shard for shard in shards if not out.has(shard.file)]
     if len(missing) < len(shards):
         num_there = len(shards) - len(missing)
         _logger.info("%d of %d files are there already.", num_there, len(shards))
     for shard in missing:
-        hf_folder.write_shard(folder, shard, hf_folder.tensors_of(shard, counterparts, part))
-        _logger.info("Wrote %s, %s.", shard.file, _size(shard.num_bytes))
-    hf_folder.write_index(folder, shards)
+        cast = _Cast(dtypes)
+
+        def cast_part(name: str, index: tuple[int, ...], cast: _Cast = cast) -> np.ndarray:
+            return cast(name, part(name, index))
+
+        hf_shards.write_shard(out.path, shard, hf_shards.tensors_of(shard, counterparts, cast_part))
+        out.add([shard.file], cast.non_finite)
+        _logger.info("Wrote %s, %s.", shard.file, output_folder.size_text(shard.num_bytes))
+    hf_shards.write_index(out.path, shards)
+    if len(shards) > 1:
+        out.add([hf_folder.INDEX_FILE])
 
 
-def _for_loaders(fields: Mapping[str, Any], config: models.DecoderConfig) -> dict[str, Any]:
+def _for_loaders(
+    fields: Mapping[str, Any], config: models.DecoderConfig, dtypes: Mapping[str, np.dtype]
+) -> dict[str, Any]:
     """A config.json with the spellings that some loader insists on, beside what it says itself."""
     ours = config.to_hf()
-    return {
+    wanted = {
         "architectures": ours["architectures"],  # by which SGLang finds the model
-        "rope_theta": config.rope_theta,  # before transformers 5, elsewhere now
-        "torch_dtype": fields.get("dtype", ours["torch_dtype"]),  # likewise
-        **fields,
+        # Before transformers 5; elsewhere, or under another name, now.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": ours.get("rope_scaling"),
+        "num_experts": ours.get("num_experts"),
+        "torch_dtype": fields.get("dtype") or str(next(iter(dtypes.values()))),
+    }
+    return dict(fields) | {
+        name: value
+        for name, value in wanted.items()
+        if value is not None and fields.get(name) is None
     }
 
 
 def _copy(file: pathlib.Path, target: pathlib.Path) -> None:
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(file, target)
-    _sync(target)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    hf_folder.write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-# The output folder, whole or not there.
-
-
-def _is_there(target: pathlib.Path, record: Mapping[str, Any]) -> bool:
-    """Whether the output is there, from the same source.
-
-    Raises:
-        ConfigError: something else is.
-    """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    if _read_record(target) == record:
-        return True
-    raise ConfigError(
-        f"--output={target} must not exist: another thing is there; remove it, or give another "
-        "folder."
-    )
-
-
-@contextlib.contextmanager
-def _partial_folder(
-    target: pathlib.Path, record: Mapping[str, Any], num_bytes: int
-) -> Iterator[pathlib.Path]:
-    """The folder to write to, with what an interrupted conversion left; at the end, the output.
-
-    Raises:
-        ConfigError: it cannot be written to, is not ours, or the disk is too small.
-    """
-    folder = target.with_name(f"{target.name}.partial")
-    _check_room(folder, num_bytes)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK_FILE).open("w")
-    except OSError as error:
-        raise ConfigError(f"--output={target} cannot be written: {error.strerror}.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{folder} is being written by another codjax convert.") from error
-        _take_over(folder, record)
-        yield folder
-        (folder / _LOCK_FILE).unlink()
-        _sync(folder)
-        folder.replace(target)
-        _sync(target.parent)
-
-
-def _check_room(folder: pathlib.Path, num_bytes: int) -> None:
-    """Raise if the folder is not ours, or its disk has no room for so many bytes."""
-    files = list(folder.rglob("*"))
-    if {file.name for file in files} - {_LOCK_FILE} and _read_record(folder) is None:
-        raise ConfigError(f"{folder} is in the way, and not of codjax convert; remove it.")
-    num_bytes -= sum(file.stat().st_size for file in files if file.is_file())
-    disk = next(parent for parent in folder.parents if parent.is_dir())
-    free = shutil.disk_usage(disk).free
-    if num_bytes > free:
-        raise ConfigError(
-            f"--output needs {_size(num_bytes)}, and the disk of {disk} has {_size(free)} left; "
-            "make room, or give a folder on another disk."
-        )
-
-
-def _take_over(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Keep what an equal conversion left in the folder, remove what another one did."""
-    left = [path for path in folder.iterdir() if path.name != _LOCK_FILE]
-    if left and _read_record(folder) == record:
-        _logger.info("Going on with the interrupted conversion in %s.", folder)
-        return
-    if left:
-        _logger.info("%s was the beginning of another conversion; it is removed.", folder)
-    # The record goes last: without it, what is left would be nobody's.
-    for path in sorted(left, key=lambda path: path.name == RECORD_FILE):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _write_json(folder / RECORD_FILE, record)
-
-
-def _read_record(folder: pathlib.Path) -> Any:
-    """What the folder is the conversion of; None where it does not say."""
-    try:
-        return json.loads((folder / RECORD_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    output_folder.sync(target)
 
 
 # The report.
@@ -294,12 +269,14 @@ def _record(
         "num_reshaped": num_reshaped,
         "copies_left_out": found.copies,
         "parameters": parameters,
-        "stamps": dict(found.stamps),
+        "stamps": found.stamps_of(found.files),
+        "carried": found.stamps_of(found.carried),
+        "config": found.fields,
     }
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    """The record as a table to read."""
+def _text(record: Mapping[str, Any], non_finite: Mapping[str, int]) -> str:
+    """The record as a table to read, and the parameters with values that are not finite."""
     rows = [("parameter", "shape", "tensors", "each", "dtype", "")]
     for name, entry in record["parameters"].items():
         before, after = entry["dtype_before"], entry["dtype"]
@@ -319,15 +296,12 @@ def _text(record: Mapping[str, Any]) -> str:
         for row in rows
     ]
     lines += [f"left out: {name}, a copy of {hf_names.TABLE}" for name in record["copies_left_out"]]
+    lines += [
+        f"not finite: {number} values of {name}, as in the source"
+        for name, number in non_finite.items()
+    ]
     lines.append(
         f"{record['source']}: {record['num_tensors']} tensors, {record['num_reshaped']} of them "
         "reshaped; none missing, none unexpected"  # or it would have been refused
     )
     return "\n".join(lines) + "\n"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in reversed(_UNITS.items()):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} bytes"

@@ -1,22 +1,24 @@
 """Where weights to be converted come from, opened and checked; nothing of them is read yet.
 
 source = open_source(pathlib.Path("runs/mine/checkpoints/50"))
-source.read_tensor, source.counterparts, source.fields, …
+source.read_tensor, source.config, source.fields, …
+source.check_unchanged()                            # when all of it was read
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from codjax import checkpoints, models, workdirs
+from codjax import checkpoints, checks, models, workdirs
+from codjax import config as config_lib
 from codjax.checks import ConfigError
-from codjax.models import hf_folder, hf_names, orbax_params, weights
+from codjax.models import hf_folder, hf_names, json_files, orbax_params, weights
 
 _CARRIED = (  # what a model's folder has beside weights and config.json
     "tokenizer*",
@@ -34,6 +36,13 @@ _CARRIED = (  # what a model's folder has beside weights and config.json
 _GENERATION = ("generation_config.json",)
 # Parameters do not depend on these.
 _NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
+# Without them, a run's config.json does not tell what the model is; other keys of `config.model`
+# came later, with a default that is what older runs had.
+_NEEDED = tuple(
+    field.name
+    for field in dataclasses.fields(models.DecoderConfig)
+    if field.default is dataclasses.MISSING and field.name != "vocab_size"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,10 @@ class Source:
         dtypes: that each parameter is stored in; None where its tensors differ.
         copies: tensors that are copies of another and need not be carried.
         carried: files that belong to the model, by name: tokenizer, generation config, licence.
-        stamps: size and time of change of the files that hold the weights, by name.
+        files: that hold the weights, by name.
+        configs: files that `config` and `fields` were read from.
+        stamps: of all of these files when they were opened, by path: size and time of change, of
+            configs what is in them, since a run writes its own again at every start.
     """
 
     label: str
@@ -60,7 +72,32 @@ class Source:
     dtypes: Mapping[str, np.dtype | None]
     copies: list[str]
     carried: Mapping[str, pathlib.Path]
-    stamps: Mapping[str, list[int]]
+    files: Mapping[str, pathlib.Path]
+    configs: tuple[pathlib.Path, ...]
+    stamps: Mapping[pathlib.Path, Any] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", self._stamps_now())
+
+    def stamps_of(self, files: Mapping[str, pathlib.Path]) -> dict[str, Any]:
+        """The stamps of `files` or of `carried`, by name."""
+        return {name: self.stamps[file] for name, file in files.items()}
+
+    def check_unchanged(self) -> None:
+        """Raises ConfigError if a file is not the one that was opened."""
+        now = self._stamps_now()
+        changed = [file for file, stamp in self.stamps.items() if now[file] != stamp]
+        if changed:
+            raise ConfigError(
+                f"--source changed while it was converted: {', '.join(map(str, changed))}; give "
+                "the command again when nothing writes to it."
+            )
+
+    def _stamps_now(self) -> dict[pathlib.Path, Any]:
+        files = (*self.files.values(), *self.carried.values())
+        return {file: _stamp(file) for file in files} | {
+            file: file.read_bytes() if file.is_file() else None for file in self.configs
+        }
 
 
 def open_source(folder: pathlib.Path) -> Source:
@@ -83,9 +120,9 @@ def open_source(folder: pathlib.Path) -> Source:
             return _of_converted(folder)
         if (folder / "config.json").is_file():
             return _of_hugging_face(folder)
-    except checkpoints.CheckpointError:
-        raise
-    except (ValueError, FileNotFoundError) as error:
+    except ConfigError:
+        raise  # it names the flag already
+    except (ValueError, OSError) as error:
         raise ConfigError(f"--source: {error}") from error
     raise ConfigError(
         "--source must be a Hugging Face folder (config.json and safetensors), the folder of a run "
@@ -117,13 +154,14 @@ def _of_hugging_face(folder: pathlib.Path) -> Source:
     return Source(
         label=f"Hugging Face folder {folder}",
         config=config,
-        fields=json.loads((folder / "config.json").read_text()),
+        fields=json_files.read_object(folder / "config.json"),
         params=None,
         read_tensor=opened.read,
         dtypes=dtypes,
         copies=copies,
         carried=_files(folder, _CARRIED),
-        stamps=_stamps({stored.file for stored in opened.tensors.values()}),
+        files=_by_name({stored.file for stored in opened.tensors.values()}),
+        configs=(folder / "config.json",),
     )
 
 
@@ -133,8 +171,9 @@ def _of_converted(folder: pathlib.Path) -> Source:
     return Source(
         label=f"converted folder {folder}",
         config=config,
-        fields=json.loads((folder / "config.json").read_text()),
+        fields=json_files.read_object(folder / "config.json"),
         carried=_files(folder, _CARRIED),
+        configs=(folder / "config.json",),
         **_of_params(params, config),
     )
 
@@ -147,13 +186,16 @@ def _of_run(workdir: pathlib.Path, step: int) -> Source:
     path = workdir / workdirs.CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"--source: {path} is missing: it tells the sizes of the model.")
-    run = json.loads(path.read_text())
-    sizes, tokenizer = dict(run["model"]), str(run["tokenizer"]["source"])
-    first = sizes.pop("source")
+    run = json_files.read_object(path)
+    sizes = json_files.member(run, "model", dict, path=path)
+    section = json_files.member(run, "tokenizer", dict, path=path)
+    first = json_files.member(sizes, "model.source", str, path=path)
+    tokenizer = json_files.member(section, "tokenizer.source", str, path=path)
     carried: dict[str, pathlib.Path] = {}
+    configs = [path]
     if first == "init":
         vocab_size = orbax_params.open_stores(params)["embedding"].shape[0]
-        config = models.DecoderConfig(vocab_size=vocab_size, **sizes)
+        config = _config_of_run(sizes, vocab_size, path)
         fields = config.to_hf()
     else:
         folder = pathlib.Path(first).expanduser()
@@ -163,8 +205,9 @@ def _of_run(workdir: pathlib.Path, step: int) -> Source:
                 f"this machine; put that folder back, or change model.source in {path}."
             )
         config = models.read_config(folder, **_NUMERICS)
-        fields = json.loads((folder / "config.json").read_text())
+        fields = json_files.read_object(folder / "config.json")
         carried |= _files(folder, _GENERATION)
+        configs.append(folder / "config.json")
     if not tokenizer.startswith("builtin:"):
         of_tokenizer = _files(pathlib.Path(tokenizer).expanduser(), _CARRIED)
         carried |= {name: file for name, file in of_tokenizer.items() if name not in _GENERATION}
@@ -174,8 +217,32 @@ def _of_run(workdir: pathlib.Path, step: int) -> Source:
         config=config,
         fields=with_dtype(fields, of_params["dtypes"]),
         carried=carried,
+        configs=tuple(configs),
         **of_params,
     )
+
+
+def _config_of_run(
+    model: Mapping[str, Any], vocab_size: int, path: pathlib.Path
+) -> models.DecoderConfig:
+    """The decoder of a run with fresh weights.
+
+    Args:
+        model: `config.model` of the run, from `path`.
+        vocab_size: of the weights, since the config may leave it to the tokenizer.
+        path: of the run's config.json, for messages.
+    """
+    missing = [f"model.{name}" for name in _NEEDED if name not in model]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    template = config_lib.default_config().model
+    try:
+        sizes = {**template.to_dict(), **model}
+        checks.matches(ConfigDict(sizes), template, "model.", lambda _: False)
+        del sizes["source"]
+        return models.DecoderConfig(**{**sizes, "vocab_size": vocab_size})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _of_params(params: pathlib.Path, config: models.DecoderConfig) -> dict[str, Any]:
@@ -186,9 +253,9 @@ def _of_params(params: pathlib.Path, config: models.DecoderConfig) -> dict[str, 
     return {
         "params": params,
         "read_tensor": None,
-        "dtypes": {name: stores[name].dtype.numpy_dtype for name in counterparts},
+        "dtypes": {name: stores[name].dtype for name in counterparts},
         "copies": [],
-        "stamps": _stamps([params / orbax_params.METADATA_FILE, params / "manifest.ocdbt"]),
+        "files": _by_name([params / orbax_params.METADATA_FILE, params / "manifest.ocdbt"]),
     }
 
 
@@ -209,5 +276,14 @@ def _files(folder: pathlib.Path, patterns: Iterable[str]) -> dict[str, pathlib.P
     return {str(file.relative_to(folder)): file for file in sorted(found)}
 
 
-def _stamps(files: Iterable[pathlib.Path]) -> dict[str, list[int]]:
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+def _by_name(files: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
+    return {file.name: file for file in sorted(files)}
+
+
+def _stamp(file: pathlib.Path) -> list[int] | None:
+    """Size and time of change; None if it is gone."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]

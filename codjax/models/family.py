@@ -51,6 +51,7 @@ class Field(NamedTuple):
     name: str  # in `DecoderConfig`
     kind: type
     default: Any = None  # transformers' own; None: it must be there
+    may_be_zero: bool = False  # else a number must be above
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,9 @@ class Family:
         only: fields of its `config.json` that must have one of these values; absent is fine.
         default_head_dim: transformers' head size where the field is absent; None for D / N.
         default_kv_heads: transformers' key-value heads where it is absent; None for N.
-        has_experts: whether the MLP is one of experts.
+        default_max_positions: transformers' max_position_embeddings where it is absent.
+        nullable: which of `head_dim` and `num_key_value_heads` may be null, for D / N and N;
+            transformers refuses it, or fails, elsewhere.
     """
 
     model_type: str
@@ -82,4 +85,5 @@ class Family:
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     default_head_dim: int | None = None
     default_kv_heads: int | None = None
-    has_experts: bool = False
+    default_max_positions: int = 32768
+    nullable: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ changes no number (caches, special tokens, auxiliary losses of pre-training) is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +23,12 @@ COMMON = (
     Field("num_attention_heads", "num_heads", int),
     Field("rms_norm_eps", "norm_eps", float, 1e-6),
     Field("tie_word_embeddings", "tie_embeddings", bool, False),
-    Field("initializer_range", "init_std", float, 0.02),
-    Field("max_position_embeddings", "max_positions", int, 32768),
+    Field("initializer_range", "init_std", float, 0.02, may_be_zero=True),
 )
 # Fields that must have one of these values, in every family; absent is fine too.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
+    "dual_chunk_attention_config": (None,),  # of Qwen2.5-1M; transformers does not read it
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
@@ -40,12 +41,18 @@ _SCALING = {  # name in `rope_parameters` → ours
     "original_max_position_embeddings": "original_tokens",
 }
 _SCALING_NAMES = {"linear": ("factor",), "llama3": tuple(_SCALING)}
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {  # of ours: types in JSON, in words
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a finite number"),
+    bool: ((bool,), "true or false"),
+}
 
 
 def read(fields: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str) -> DecoderConfig:
     """The decoder that a `config.json` describes.
 
-    Sizes must be there; other absent fields have transformers' default.
+    Sizes must be there; other absent fields have transformers' default. Values must be of the kind
+    that transformers asks for; null is none, but where transformers takes it.
 
     Args:
         fields: the parsed file.
@@ -57,34 +64,32 @@ def read(fields: Mapping[str, Any], *, dtype: str, param_dtype: str, remat: str)
         ValueError: a field that we cannot honour, with its value.
     """
     family = _family(fields)
-    fields = {_ALIASES.get(name, name): value for name, value in fields.items()}
+    fields = _with_one_name_each(fields)
     _refuse_unsupported(fields, family)
-    ours: dict[str, Any] = {}
-    missing = []
-    for field in (*COMMON, *family.fields):
-        value = fields.get(field.hf_name)
-        value = field.default if value is None else value
-        if value is None:
-            missing.append(field.hf_name)
-        else:
-            ours[field.name] = field.kind(value)
+    read = _fields(family)
+    missing = [f.hf_name for f in read if f.default is None and f.hf_name not in fields]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}.")
+    ours: dict[str, Any] = {field.name: _value(fields, field) for field in read}
     num_heads = ours["num_heads"]
-    head_dim = fields.get("head_dim") or family.default_head_dim
-    rope_theta, rope_scaling = _rope(fields)
-    return DecoderConfig(
-        **ours,
-        family=family.model_type,
-        num_kv_heads=_num_kv_heads(fields, family, num_heads),
-        head_dim=int(head_dim or ours["hidden_size"] // num_heads),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        embedding_std=ours["init_std"],
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-    )
+    head_dim = _head_size(fields, family, "head_dim", family.default_head_dim)
+    num_kv_heads = _head_size(fields, family, "num_key_value_heads", family.default_kv_heads)
+    rope_theta, rope_scaling = _rope(fields, ours["max_positions"])
+    try:
+        return DecoderConfig(
+            **ours,
+            family=family.model_type,
+            num_kv_heads=num_kv_heads or num_heads,
+            head_dim=head_dim or ours["hidden_size"] // num_heads,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            embedding_std=ours["init_std"],
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+        )
+    except ValueError as error:
+        raise ValueError(f"config.json describes no decoder of ours: {error}") from error
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{field.hf_name: getattr(config, field.name) for field in (*COMMON, *family.fields)},
+        **{field.hf_name: getattr(config, field.name) for field in _fields(family)},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,
@@ -118,6 +123,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 # Absent is what they are in most published files.
 _UNWRITTEN = (
     "attention_dropout",
+    "dual_chunk_attention_config",
     "partial_rotary_factor",
     "quantization_config",
     "rope_interleaved",
@@ -126,7 +132,7 @@ _UNWRITTEN = (
 
 def _family(fields: Mapping[str, Any]) -> Family:
     model_type = fields.get("model_type")
-    if model_type not in families.FAMILIES:
+    if not isinstance(model_type, str) or model_type not in families.FAMILIES:
         names = ", ".join(repr(name) for name in families.FAMILIES)
         raise ValueError(
             f"config.json has model_type {model_type!r}; codjax has the decoders of {names} only."
@@ -140,21 +146,70 @@ def _refuse_unsupported(fields: Mapping[str, Any], family: Family) -> None:
             raise ValueError(
                 f"config.json has {name} = {fields[name]!r}; codjax supports {allowed[0]!r} only."
             )
-    other = set(fields.get("layer_types") or ()) - {"full_attention"}
-    if other:
+    layer_types = fields.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(
-            f"config.json has layer_types {sorted(other)}; codjax supports 'full_attention' only."
+            f"config.json has layer_types = {layer_types!r}; codjax supports a list of "
+            "'full_attention' only."
         )
 
 
-def _num_kv_heads(fields: Mapping[str, Any], family: Family, num_heads: int) -> int:
-    """An absent field is the family's default, null is as many as there are heads."""
-    if "num_key_value_heads" in fields:
-        return int(fields["num_key_value_heads"] or num_heads)
-    return family.default_kv_heads or num_heads
+def _with_one_name_each(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, with those that have two names under the first that was published."""
+    named = dict(fields)
+    for alias, name in _ALIASES.items():
+        if alias not in fields:
+            continue
+        if name in fields and fields[name] != fields[alias]:
+            raise ValueError(
+                f"config.json has {alias} = {fields[alias]!r} and {name} = {fields[name]!r}, "
+                "which are the same setting; make them equal."
+            )
+        named[name] = named.pop(alias)
+    return named
 
 
-def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _fields(family: Family) -> tuple[Field, ...]:
+    """What is read of a config.json as it stands."""
+    max_positions = Field(
+        "max_position_embeddings", "max_positions", int, family.default_max_positions
+    )
+    return (*COMMON, max_positions, *family.fields)
+
+
+def _value(fields: Mapping[str, Any], field: Field) -> Any:
+    if field.hf_name not in fields:
+        return field.default
+    value = fields[field.hf_name]
+    return _checked(value, field.hf_name, field.kind, may_be_zero=field.may_be_zero)
+
+
+def _checked(value: Any, name: str, kind: type, *, may_be_zero: bool = False) -> Any:
+    """A value of the kind, not another that Python would take for one; numbers above 0."""
+    types, words = _KINDS[kind]
+    ok = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
+    if ok and kind is float:
+        ok = abs(value) <= sys.float_info.max  # neither infinite nor nan
+    if not ok:
+        raise ValueError(f"config.json has {name} = {value!r}; it must be {words}.")
+    if kind is not bool and (value < 0 or (value == 0 and not may_be_zero)):
+        least = "at least 0" if may_be_zero else "above 0"
+        raise ValueError(f"config.json has {name} = {value!r}; it must be {least}.")
+    return kind(value)
+
+
+def _head_size(
+    fields: Mapping[str, Any], family: Family, name: str, default: int | None
+) -> int | None:
+    """A size that has a default in some families; None where the other sizes give it."""
+    if name not in fields:
+        return default
+    if fields[name] is None and name in family.nullable:
+        return None
+    return _checked(fields[name], name, int)
+
+
+def _rope(fields: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary frequencies, under whichever names they stand.
 
     transformers' default base is 10000.
@@ -162,36 +217,58 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     bases: dict[str, float] = {}
     scalings: dict[str, RopeScaling | None] = {}
     if fields.get("rope_theta") is not None:
-        bases["rope_theta"] = float(fields["rope_theta"])
+        bases["rope_theta"] = _checked(fields["rope_theta"], "rope_theta", float)
     for name in ("rope_parameters", "rope_scaling"):
-        settings = dict(fields.get(name) or {})
+        settings = fields.get(name)
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ValueError(f"config.json has {name} = {settings!r}; it must be an object.")
         if not settings:
             continue
+        settings = dict(settings)
         theta = settings.pop("rope_theta", None)
         if theta is not None:
-            bases[name] = float(theta)
-        scalings[name] = _scaling(name, settings, fields)
+            bases[name] = _checked(theta, f"{name}.rope_theta", float)
+        scalings[name] = _scaling(name, settings, fields[name], max_positions)
+    if (
+        not bases and "rope_theta" in fields
+    ):  # null, and no other: transformers fails at its first use
+        _checked(fields["rope_theta"], "rope_theta", float)
     for what, found in (("bases", bases), ("scalings", scalings)):
         if len(set(found.values())) > 1:
             raise ValueError(f"config.json gives different rotary {what}: {found}.")
     return next(iter(bases.values()), 10000.0), next(iter(scalings.values()), None)
 
 
-def _scaling(name: str, settings: dict[str, Any], fields: Mapping[str, Any]) -> RopeScaling | None:
-    """The scaling that one of the two spellings asks for; None for none."""
-    kinds = {settings.pop(key, None) for key in ("rope_type", "type")} - {None}
-    kind = kinds.pop() if len(kinds) == 1 else "default" if not kinds else None
-    if settings.pop("partial_rotary_factor", None) not in (None, 1):
-        kind = None
-    needed = _SCALING_NAMES.get(kind, ()) if kind else ()
-    if kind == "llama3" and fields.get("max_position_embeddings"):
-        settings.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
-    if kind not in ("default", *ROPE_SCALINGS) or set(settings) != set(needed):
+def _scaling(
+    name: str, settings: dict[str, Any], written: Any, max_positions: int
+) -> RopeScaling | None:
+    """The scaling that one of the two spellings asks for; None for none.
+
+    Args:
+        name: of the spelling.
+        settings: its fields, but the base; used up.
+        written: the whole of it, for messages.
+        max_positions: tokens of pre-training where the settings do not say them.
+    """
+    kinds = [settings.pop(key, None) for key in ("rope_type", "type")]
+    kinds = [kind for kind in kinds if kind is not None] or ["default"]
+    is_known = all(kind == kinds[0] for kind in kinds) and kinds[0] in ("default", *ROPE_SCALINGS)
+    is_whole = settings.pop("partial_rotary_factor", None) in (None, 1)
+    if kinds[0] == "llama3":
+        settings.setdefault("original_max_position_embeddings", max_positions)
+    needed = _SCALING_NAMES.get(kinds[0], ()) if is_known else ()
+    if not is_known or not is_whole or set(settings) != set(needed):
         raise ValueError(
-            f"config.json has {name} = {fields[name]!r}; codjax supports rope_type 'default', "
+            f"config.json has {name} = {written!r}; codjax supports rope_type 'default', "
             f"'linear' with a factor, and 'llama3' with {', '.join(_SCALING)}."
         )
-    if kind == "default":
+    if kinds[0] == "default":
         return None
-    values = {_SCALING[key]: value for key, value in settings.items()}
-    return RopeScaling(kind=kind, **values)
+    values = {
+        _SCALING[key]: _checked(value, f"{name}.{key}", int if "max" in key else float)
+        for key, value in settings.items()
+    }
+    try:
+        return RopeScaling(kind=kinds[0], **values)
+    except ValueError as error:
+        raise ValueError(f"config.json has {name} = {written!r}: {error}") from error

@@ -51,4 +51,6 @@ FAMILY = Family(
     only={
         "rope_interleaved": (False, None)  # SmolLM2 says so; the other pairing is not transformers'
     },
+    default_max_positions=2048,
+    nullable=("head_dim", "num_key_value_heads"),
 )

@@ -24,4 +24,5 @@ FAMILY = Family(
     mlp=llama.mlp,
     only={"use_sliding_window": (False, None)},
     default_kv_heads=32,
+    nullable=("num_key_value_heads",),
 )

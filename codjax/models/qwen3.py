@@ -53,4 +53,5 @@ FAMILY = Family(
     only={"use_sliding_window": (False, None)},
     default_head_dim=128,
     default_kv_heads=32,
+    nullable=("num_key_value_heads",),
 )

@@ -50,5 +50,4 @@ FAMILY = Family(
         "mlp_only_layers": ([], None),
     },
     default_kv_heads=4,
-    has_experts=True,
 )

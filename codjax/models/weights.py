@@ -6,7 +6,6 @@ an Orbax checkpoint of the parameters alone, which hosts read their own parts of
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from codjax.models import decoder, hf_folder, hf_names, orbax_params
+from codjax.models import decoder, hf_folder, hf_names, hf_shards, json_files, orbax_params
 from codjax.models.config import DecoderConfig
 
 PARAMS_FOLDER = "params"
@@ -31,10 +30,14 @@ def read_config(
 
     Raises:
         FileNotFoundError: no such folder, or it has no config.json.
-        ValueError: a config that we cannot honour.
+        ValueError: a config.json that is damaged, or that we cannot honour.
     """
-    fields = json.loads(hf_folder.existing(pathlib.Path(folder) / "config.json").read_text())
-    return DecoderConfig.from_hf(fields, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    path = hf_folder.existing(pathlib.Path(folder) / "config.json")
+    fields = json_files.read_object(path)
+    try:
+        return DecoderConfig.from_hf(fields, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def is_converted(folder: pathlib.Path) -> bool:
@@ -88,6 +91,8 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and safetensors, which transformers and SGLang load.
 
+    Safetensors that an earlier call left in the folder are replaced, or removed.
+
     Args:
         model: the decoder; of a sharded one, every part must be reachable from this process.
         folder: made if it is not there.
@@ -107,12 +112,12 @@ def save_pretrained(
         return np.asarray(params[name])[index]
 
     dtypes = dict.fromkeys(counterparts, np.dtype(dtype))
-    shards = hf_folder.plan_shards(counterparts, dtypes, max_bytes=max_shard_bytes)
+    shards = hf_shards.plan_shards(counterparts, dtypes, max_bytes=max_shard_bytes)
     for shard in shards:
-        hf_folder.write_shard(folder, shard, hf_folder.tensors_of(shard, counterparts, part))
-    hf_folder.write_index(folder, shards)
+        hf_shards.write_shard(folder, shard, hf_shards.tensors_of(shard, counterparts, part))
+    hf_shards.write_index(folder, shards)
     fields = {**(extra_fields or {}), **model.config.to_hf(), "torch_dtype": dtype}
-    hf_folder.write_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+    json_files.write(folder / "config.json", fields)
 
 
 def _from_tensors(
@@ -139,9 +144,7 @@ def _from_orbax(
 
     def load(name: str) -> jax.Array:
         store, dtype = stores[name], like[name].dtype
-        return _placed(
-            like[name], lambda index: store[index].read().result().astype(dtype, copy=False)
-        )
+        return _placed(like[name], lambda index: store.read(index).astype(dtype, copy=False))
 
     return {name: load(name) for name in like}
 

@@ -78,6 +78,7 @@ def test_pieces_with_the_cache_equal_the_whole_for_experts():
 
 MOE = cases.fields_of("qwen3_moe")
 LLAMA = cases.fields_of("llama3_scaled")
+WITHOUT_EXPERTS = {name: value for name, value in MOE.items() if name != "num_experts"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,27 @@ LLAMA = cases.fields_of("llama3_scaled")
     [
         (MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2; codjax supports 1 only"),
         (MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]; codjax supports \[\] only"),
-        (MOE | {"num_experts": None}, "lacks num_experts"),
+        (WITHOUT_EXPERTS, "lacks num_experts"),
+        (MOE | {"num_experts": None}, "num_experts = None; it must be a whole number"),
+        (MOE | {"num_local_experts": 7}, "num_local_experts = 7 and num_experts = 6, which are"),
+        (MOE | {"num_key_value_heads": None}, "num_key_value_heads = None; it must be a whole"),
+        (MOE | {"head_dim": None}, "head_dim = None; it must be a whole number"),
+        (cases.fields_of("qwen3") | {"head_dim": None}, "head_dim = None; it must be a whole num"),
+        (cases.fields_of("qwen2") | {"head_dim": None}, "head_dim = None; it must be a whole num"),
+        (LLAMA | {"tie_word_embeddings": "false"}, "= 'false'; it must be true or false"),
+        (LLAMA | {"attention_bias": 0}, "attention_bias = 0; it must be true or false"),
+        (LLAMA | {"num_hidden_layers": 36.7}, "num_hidden_layers = 36.7; it must be a whole num"),
+        (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers = True; it must be a whole num"),
+        (LLAMA | {"hidden_size": "32"}, "hidden_size = '32'; it must be a whole number"),
+        (LLAMA | {"vocab_size": 0}, "vocab_size = 0; it must be above 0"),
+        (LLAMA | {"rms_norm_eps": -1}, "rms_norm_eps = -1; it must be above 0"),
+        (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps = nan; it must be a finite number"),
+        (LLAMA | {"initializer_range": -0.1}, "initializer_range = -0.1; it must be at least 0"),
+        (LLAMA | {"rope_theta": None}, "rope_theta = None; it must be a finite number"),
+        (LLAMA | {"rope_theta": 0}, "rope_theta = 0; it must be above 0"),
+        (LLAMA | {"rope_theta": float("inf")}, "rope_theta = inf; it must be a finite number"),
+        (LLAMA | {"rope_theta": 10**400}, "rope_theta = 1000.*; it must be a finite number"),
+        (LLAMA | {"dual_chunk_attention_config": {"chunk_size": 9}}, "dual_chunk_attention_config"),
         (MOE | {"num_experts_per_tok": 7}, "experts_per_token must be at most .* = 6; got 7"),
         (MOE | {"use_sliding_window": True}, "use_sliding_window = True"),
         (cases.fields_of("qwen2") | {"use_sliding_window": True}, "use_sliding_window = True"),
@@ -122,6 +143,39 @@ def test_sizes_that_a_llama_leaves_out(fields, expected):
     bare = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads")}
     config = read(bare | fields)
     assert (config.head_dim, config.num_kv_heads) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_absent_and_null_are_what_transformers_makes_of_them(name):
+    transformers = pytest.importorskip("transformers")
+    from huggingface_hub import errors
+
+    optional = ("head_dim", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+    sizes = cases.fields_of({"llama": "smollm2"}.get(name, name)) | {"num_attention_heads": 32}
+    sizes["hidden_size"] = 32 * 6
+    bare = {key: value for key, value in sizes.items() if key not in optional}
+    for changes in ({}, *({key: None} for key in optional)):
+        try:
+            theirs = transformers.AutoConfig.for_model(**bare, **changes)
+        except errors.StrictDataclassError:  # of the kind of the value
+            theirs = None
+        if theirs is None or (name in ("qwen2", "qwen3_moe") and "head_dim" in changes):
+            with pytest.raises(ValueError, match=r"= None; it must be a"):
+                read(bare | changes)  # theirs is refused, or fails when the model is made
+            continue
+        ours = read(bare | changes)
+        default = theirs.hidden_size // theirs.num_attention_heads
+        assert ours.head_dim == getattr(theirs, "head_dim", default)
+        assert ours.num_kv_heads == theirs.num_key_value_heads
+        assert ours.max_positions == theirs.max_position_embeddings
+        assert ours.norm_eps == theirs.rms_norm_eps
+
+
+def test_tokens_of_pre_training_are_the_positions_unless_they_are_said():
+    scaling = {k: v for k, v in LLAMA["rope_scaling"].items() if "original" not in k}
+    bare = {k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}
+    assert read(LLAMA | {"rope_scaling": scaling}).rope_scaling.original_tokens == 512
+    assert read(bare | {"rope_scaling": scaling}).rope_scaling.original_tokens == 2048
 
 
 def test_llama3_scaling_keeps_fast_turns_and_slows_the_others():

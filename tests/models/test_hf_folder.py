@@ -2,13 +2,17 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
-from codjax.models import hf_folder, hf_names
+from codjax import models
+from codjax.models import hf_folder, hf_names, hf_shards
 from codjax.models.qwen3 import ParamSpec
+from tests import small
 
 SPECS = {
     "embedding": ParamSpec((5, 4), ("vocab", "embed"), None),
@@ -25,12 +29,12 @@ def test_files_hold_what_fits_and_safetensors_reads_them(tmp_path):
     }
     dtypes = dict.fromkeys(SPECS, np.dtype(ml_dtypes.bfloat16))
     dtypes["layers.router"] = np.dtype(np.float32)
-    shards = hf_folder.plan_shards(COUNTERPARTS, dtypes, max_bytes=70)
+    shards = hf_shards.plan_shards(COUNTERPARTS, dtypes, max_bytes=70)
     for shard in shards:
-        arrays = hf_folder.tensors_of(shard, COUNTERPARTS, lambda name, i: values[name][i])
-        hf_folder.write_shard(tmp_path, shard, arrays)
+        arrays = hf_shards.tensors_of(shard, COUNTERPARTS, lambda name, i: values[name][i])
+        hf_shards.write_shard(tmp_path, shard, arrays)
         assert (tmp_path / shard.file).stat().st_size == shard.num_bytes
-    hf_folder.write_index(tmp_path, shards)
+    hf_shards.write_index(tmp_path, shards)
 
     index = json.loads((tmp_path / hf_folder.INDEX_FILE).read_text())
     assert index["metadata"] == {"total_size": 3 * 2 * 4 * 4 + (3 * 4 + 5 * 4) * 2}
@@ -55,7 +59,7 @@ def test_files_hold_what_fits_and_safetensors_reads_them(tmp_path):
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     dtypes = dict.fromkeys(COUNTERPARTS, np.dtype(np.float32))
-    [shard] = hf_folder.plan_shards(COUNTERPARTS, dtypes, max_bytes=10**6)
+    [shard] = hf_shards.plan_shards(COUNTERPARTS, dtypes, max_bytes=10**6)
 
     def part(name, index):
         if name == "layers.router" and index == (1,):
@@ -63,7 +67,7 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
         return np.zeros(SPECS[name].shape, np.float32)[index]
 
     with pytest.raises(KeyboardInterrupt):
-        hf_folder.write_shard(tmp_path, shard, hf_folder.tensors_of(shard, COUNTERPARTS, part))
+        hf_shards.write_shard(tmp_path, shard, hf_shards.tensors_of(shard, COUNTERPARTS, part))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.partial"]
 
 
@@ -91,6 +95,80 @@ def test_fused_experts_are_read_as_those_of_each_expert(tmp_path):
         for index in ((slice(None),) * 4, (slice(0, 1), slice(1, 2), slice(1, 3), slice(2, 3))):
             part = counterparts[name].read(index, folder.read, np.float32)
             np.testing.assert_array_equal(part, value.swapaxes(1, 2)[None][index])
+
+
+def test_saving_again_leaves_no_file_of_the_save_before(tmp_path):
+    """transformers reads a single file rather than an index beside it."""
+    models.save_pretrained(models.init(small.decoder_config(), seed=0), tmp_path)
+    model = models.init(small.decoder_config(), seed=1)
+    (tmp_path / "adapter_model.safetensors").write_text("not ours")
+    for max_shard_bytes, num_files in ((9000, 4), (5000, 7), (10**9, 1)):
+        models.save_pretrained(model, tmp_path, max_shard_bytes=max_shard_bytes)
+        files = sorted(path.name for path in tmp_path.glob("model*.safetensors"))
+        several = [f"model-{i + 1:05d}-of-{num_files:05d}.safetensors" for i in range(num_files)]
+        assert files == (several if num_files > 1 else ["model.safetensors"])
+        assert (tmp_path / "model.safetensors.index.json").exists() == (num_files > 1)
+        loaded = models.from_pretrained(tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(loaded))
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def save(folder, file, *names, shape=(2,)):
+    tensors = {name: np.zeros(shape, np.float32) for name in names}
+    safetensors.numpy.save_file(tensors, folder / file)
+
+
+def write_index(folder, *files):
+    weight_map = {f"x{i}": file for i, file in enumerate(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def message_of(folder):
+    with pytest.raises(ValueError, match=r"\.$") as caught:
+        hf_folder.Folder(folder)
+    return str(caught.value)
+
+
+def test_a_single_file_beside_an_index_of_others(tmp_path):
+    save(tmp_path, "model.safetensors", "x0")
+    write_index(tmp_path, "model.safetensors")
+    assert list(hf_folder.Folder(tmp_path).tensors) == ["x0"]  # the index says the same
+    save(tmp_path, "model-00001-of-00001.safetensors", "x0")
+    write_index(tmp_path, "model-00001-of-00001.safetensors")
+    assert message_of(tmp_path) == (
+        f"{tmp_path} has both model.safetensors, which transformers reads, and "
+        "model.safetensors.index.json, which names other files; remove the one that is not meant."
+    )
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    save(tmp_path, "a.safetensors", "x0", "y")
+    save(tmp_path, "b.safetensors", "x1", "y")
+    write_index(tmp_path, "a.safetensors", "b.safetensors")
+    assert message_of(tmp_path) == (
+        f"y is stored twice: as y in {tmp_path}/a.safetensors and as y in "
+        f"{tmp_path}/b.safetensors; remove the one that is not meant."
+    )
+
+
+def test_fused_experts_beside_those_of_each_expert(tmp_path):
+    prefix = "model.layers.0.mlp.experts"
+    save(tmp_path, "a.safetensors", f"{prefix}.0.gate_proj.weight")
+    save(tmp_path, "b.safetensors", f"{prefix}.gate_up_proj", shape=(2, 6, 5))
+    write_index(tmp_path, "a.safetensors", "b.safetensors")
+    assert message_of(tmp_path) == (
+        f"{prefix}.0.gate_proj.weight is stored twice: as {prefix}.0.gate_proj.weight in "
+        f"{tmp_path}/a.safetensors and as {prefix}.gate_up_proj in {tmp_path}/b.safetensors; "
+        "remove the one that is not meant."
+    )
+
+
+def test_fused_experts_with_an_odd_number_of_rows(tmp_path):
+    save(tmp_path, "model.safetensors", "model.layers.0.mlp.experts.gate_up_proj", shape=(2, 7, 5))
+    assert message_of(tmp_path) == (
+        f"{tmp_path}/model.safetensors: model.layers.0.mlp.experts.gate_up_proj must have an even "
+        "number of rows, half of them for each of gate_proj and up_proj; it has 7."
+    )
 
 
 def test_a_damaged_file_is_named(tmp_path):

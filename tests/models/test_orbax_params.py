@@ -78,7 +78,7 @@ def test_orbax_restores_what_is_written_to_a_mesh_in_another_dtype(folder, value
 
 def test_one_layer_is_one_chunk(folder, values):
     stores = orbax_params.open_stores(folder)
-    assert stores["layers.gate"].chunk_layout.read_chunk.shape == (1, 8, 6)
+    assert stores["layers.gate"].chunks == (1, 8, 6)
     part = orbax_params.StackReader(stores)
     for layer in (0, 1, 2, 1):
         np.testing.assert_array_equal(part("layers.gate", (layer,)), values["layers.gate"][layer])
@@ -92,11 +92,11 @@ def test_layers_that_are_stored_together_are_read_once(tmp_path, values):
     reads = []
 
     class Counted:
-        chunk_layout, shape = store.chunk_layout, store.shape
+        chunks, shape = store.chunks, store.shape
 
-        def __getitem__(self, index):
+        def read(self, index):
             reads.append(index)
-            return store[index]
+            return store.read(index)
 
     part = orbax_params.StackReader({"layers.gate": Counted()})
     for layer in range(3):
@@ -107,3 +107,56 @@ def test_layers_that_are_stored_together_are_read_once(tmp_path, values):
 def test_other_parameters_are_refused_with_their_names(folder):
     with pytest.raises(ValueError, match=r"1 missing, 1 unexpected, 1 of another shape; missing"):
         orbax_params.check(folder, {"embedding": (16, 9), "final_norm": (8,)})
+
+
+def largest_file(folder):
+    return max(
+        (file for file in folder.rglob("*") if file.is_file()), key=lambda f: f.stat().st_size
+    )
+
+
+def test_a_damaged_chunk_is_named_in_one_line(tmp_path):
+    value = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
+    axes = ("layers", "embed", "mlp")
+    orbax_params.write(tmp_path / "params", {"layers.gate": written(value, axes)})
+    file = largest_file(tmp_path / "params")
+    file.write_bytes(file.read_bytes()[:100])
+    stored = orbax_params.open_stores(tmp_path / "params")["layers.gate"]
+    with pytest.raises(orbax_params.DamagedError) as caught:
+        stored.read()
+    text = str(caught.value)
+    assert text.startswith(f"layers.gate of {tmp_path / 'params'} cannot be read, so the checkpoi")
+    assert "\n" not in text
+
+    (tmp_path / "params" / "manifest.ocdbt").write_bytes(b"torn")
+    with pytest.raises(orbax_params.DamagedError, match="params cannot be read, so the checkpoint"):
+        orbax_params.open_stores(tmp_path / "params")
+
+
+def test_an_error_of_the_disk_is_told_as_one(tmp_path, monkeypatch):
+    """TensorStore tells errors of the system in the text of a ValueError."""
+
+    def save(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 4 bytes [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        orbax_params.write(tmp_path / "params", {})
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "params"))
+
+
+def test_what_a_parameter_raises_is_raised_and_nothing_is_left(tmp_path, caplog):
+    value = np.zeros((40, 512, 512), np.float32)
+
+    def read(index):
+        if index[0].start == 3:
+            raise KeyError("mine")
+        return value[index]
+
+    axes = ("layers", "embed", "mlp")
+    bad = orbax_params.Written(shape=value.shape, axes=axes, dtype=value.dtype, read=read)
+    good = written(value, axes)
+    with pytest.raises(KeyError, match="mine"):
+        orbax_params.write(tmp_path / "params", {"a": good, "b": bad, "c": good})
+    assert not list(tmp_path.iterdir())
+    assert caplog.text == ""

@@ -4,10 +4,14 @@ Needs torch; what runs without it is `test_families.py`, against numbers that
 
     python -m tests.models.test_parity > tests/golden/families.json
 
-wrote: log-probabilities and greedy continuations of transformers.
+wrote: log-probabilities and greedy continuations of transformers. A real pretrained model is among
+them where CODJAX_SMOLLM2 names the folder that `scripts/fetch_smollm2.py` makes:
+
+    CODJAX_SMOLLM2=~/smollm2-135m-instruct pytest tests/models/test_parity.py -k pretrained -s
 """
 
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -86,6 +90,38 @@ def test_transformers_loads_what_we_write(name, tmp_path):
     tokens = cases.tokens_of(2, 24)
     expected = their_scores(theirs.eval(), tokens)
     np.testing.assert_allclose(models.score(ours, tokens), expected, atol=TOLERANCE)
+
+
+REAL_TEXTS = (
+    "The capital of France is Paris, and that of Italy is",
+    "Sort the numbers 3, 1 and 2. Then say which of them is the largest, and why.",
+    " ".join(f"{i} times {i} is {i * i}." for i in range(1, 90)),
+)
+
+
+@pytest.mark.skipif("CODJAX_SMOLLM2" not in os.environ, reason="CODJAX_SMOLLM2 names no folder")
+def test_agrees_with_transformers_on_a_pretrained_model():
+    pytest.importorskip("torch", reason=REASON)
+    transformers = pytest.importorskip("transformers")
+    folder = pathlib.Path(os.environ["CODJAX_SMOLLM2"]).expanduser()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype="float32"
+    ).eval()
+    ours = models.from_pretrained(folder)
+    for text in REAL_TEXTS:
+        tokens = np.asarray([tokenizer(text)["input_ids"]], np.int32)
+        found, expected = models.score(ours, tokens), their_scores(theirs, tokens)
+        difference = np.abs(np.asarray(found) - expected).max()
+        sys.stdout.write(f"{tokens.size} tokens: log-probs differ by at most {difference:.1e}\n")
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    for text in REAL_TEXTS[:2]:
+        messages = [{"role": "user", "content": text}]
+        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = np.asarray([tokenizer(chat)["input_ids"]], np.int32)
+        expected = their_greedy(theirs, prompt, 24)
+        np.testing.assert_array_equal(cases.greedy(ours, prompt, 24), expected)
+        sys.stdout.write(f"{prompt.size} tokens, then {tokenizer.decode(expected[0])!r}\n")
 
 
 def golden(name):

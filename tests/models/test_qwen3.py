@@ -164,11 +164,11 @@ def test_missing_folder_says_what_to_give(tmp_path):
         ({"rope_parameters": {"rope_theta": 7e3, "partial_rotary_factor": 0.5}}, "'default'"),
         ({"rope_theta": 5e5}, "different rotary bases"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
-        ({"layer_types": ["sliding_attention"]}, r"layer_types \['sliding_attention'\]"),
+        ({"layer_types": ["sliding_attention"]}, r"layer_types = \['sliding_attention'\]"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": None}, "hidden_size = None; it must be a whole number"),
         ({"head_dim": 11}, "model.head_dim must be even"),
         ({"num_key_value_heads": 3}, "multiple of model.num_kv_heads = 3"),
     ],
@@ -294,7 +294,7 @@ def test_a_token_cannot_move_another_tree_branch_or_the_past():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(remat):
-    tokens = tokens_of(2, 7)
+    tokens = jnp.asarray(tokens_of(2, 7))
 
     def gradient(config):
         graphdef, params = nnx.split(models.init(config, 0))
