@@ -87,7 +87,8 @@ def make_model(config: ConfigDict, chat: chats.Chat) -> models.Decoder:
     """The structure of the model, without weights: shapes stand in their place.
 
     Raises:
-        ConfigError: the tokenizer has ids that the model has no embedding for.
+        ConfigError: `model.source` cannot be read, or the tokenizer has ids that the model has no
+            embedding for.
     """
     if config.model.source == "init":
         sizes = config.model.to_dict()
@@ -95,12 +96,8 @@ def make_model(config: ConfigDict, chat: chats.Chat) -> models.Decoder:
         sizes["vocab_size"] = sizes["vocab_size"] or chat.vocab_size
         shape = models.DecoderConfig(**sizes)
     else:
-        shape = models.read_config(
-            _folder(config),
-            dtype=config.model.dtype,
-            param_dtype=config.model.param_dtype,
-            remat=config.model.remat,
-        )
+        with checks.reading("model.source"):
+            shape = models.read_config(_folder(config), **_numerics(config))
     checks.require(
         chat.vocab_size <= shape.vocab_size,
         "tokenizer.source",
@@ -114,16 +111,18 @@ def make_model(config: ConfigDict, chat: chats.Chat) -> models.Decoder:
 def first_params(
     config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh
 ) -> learner.Params:
-    """The weights that a run begins with, on the mesh: random, or those of the folder."""
+    """The weights that a run begins with, on the mesh: random, or those of the folder.
+
+    Raises:
+        ConfigError: the folder cannot be read, or lacks weights.
+    """
     if config.model.source != "init":
-        loaded = models.from_pretrained(
-            _folder(config),
-            dtype=config.model.dtype,
-            param_dtype=config.model.param_dtype,
-            remat=config.model.remat,
-            place=sharding.place(mesh),
-        )
-        return params_of(loaded)
+        with checks.reading("model.source"):
+            return params_of(
+                models.from_pretrained(
+                    _folder(config), **_numerics(config), place=sharding.place(mesh)
+                )
+            )
     return jax.jit(
         lambda: params_of(models.init(model.config, seed=config.seed)),
         out_shardings=sharding.param_shardings(model, mesh),
@@ -286,6 +285,10 @@ def make_engine(
         **config.engine.to_dict(),
         cache_sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
     )
+
+
+def _numerics(config: ConfigDict) -> dict[str, Any]:
+    return {name: config.model[name] for name in ("dtype", "param_dtype", "remat")}
 
 
 def _folder(config: ConfigDict) -> pathlib.Path:

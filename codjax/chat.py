@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from codjax import checks
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -66,12 +68,12 @@ class Chat:
         self.tokenizer = tokenizer
         self._name = name
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ValueError(
+            raise checks.ConfigError(
                 f"tokenizer.source: {name!r} has no fast tokenizer (tokenizer.json); "
                 "save one there with transformers' save_pretrained."
             )
         if not tokenizer.chat_template:
-            raise ValueError(
+            raise checks.ConfigError(
                 f"tokenizer.source: {name!r} has no chat template; use the instruct model's "
                 "tokenizer or put a chat_template.jinja into the folder."
             )
@@ -207,8 +209,8 @@ class Chat:
                 "its tokenizer writes a text differently when cut at the template's borders"
             )
 
-    def _unusable(self, reason: str) -> ValueError:
-        return ValueError(
+    def _unusable(self, reason: str) -> checks.ConfigError:
+        return checks.ConfigError(
             f"tokenizer.source: the chat template of {self._name!r} cannot be extended turn by "
             f"turn: {reason}. Use a template that appends turns, such as ChatML."
         )
@@ -223,17 +225,17 @@ def load_chat(source: str) -> Chat:
             "builtin:symbols" (one token a character of the compact environments).
 
     Raises:
-        ValueError: no such builtin or folder, or a tokenizer or template that cannot serve.
+        ConfigError: no such builtin or folder, or a tokenizer or template that cannot serve.
     """
     if source in _BUILTINS:
         return Chat(_BUILTINS[source](), name=source)
     if source.startswith("builtin:"):
-        raise ValueError(
+        raise checks.ConfigError(
             f"tokenizer.source: no builtin {source!r}; there are {', '.join(sorted(_BUILTINS))}."
         )
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
-        raise ValueError(
+        raise checks.ConfigError(
             f"tokenizer.source: {source!r} is no folder; give a Hugging Face folder on this "
             f"machine (nothing is downloaded) or one of {', '.join(sorted(_BUILTINS))}."
         )
@@ -241,8 +243,9 @@ def load_chat(source: str) -> Chat:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer.source: no tokenizer in {source!r}: {error}") from error
+    except Exception as error:  # its parsers raise what they like, `Exception` itself among it
+        said = " ".join(str(error).split())
+        raise checks.ConfigError(f"tokenizer.source: no tokenizer in {source!r}: {said}") from error
     return Chat(tokenizer, name=source)
 
 

@@ -10,9 +10,10 @@ entry by the key's last part.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -32,6 +33,21 @@ class WriteError(Exception):
 
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
+
+
+@contextlib.contextmanager
+def reading(key: str) -> Iterator[None]:
+    """What cannot be read from a file that a key names is a ConfigError, in one line.
+
+    Args:
+        key: as the user typed it.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise  # it names its key already
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def require(ok: bool, key: str, must: str, why: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from codjax import (
     build,
     checkpoints,
+    checks,
     distributed,
     learner,
     metrics,
@@ -329,12 +330,13 @@ def _candidates(
     workdir, text, is_run = distributed.on_main(lambda: _where(str(checkpoint), workdir))
     if not is_run:
         folder = pathlib.Path(workdir)
-        published = models.from_pretrained(
-            folder,
-            dtype=config.model.dtype,
-            param_dtype=config.model.param_dtype,
-            place=sharding.place(mesh),
-        )
+        with checks.reading("--checkpoint"):
+            published = models.from_pretrained(
+                folder,
+                dtype=config.model.dtype,
+                param_dtype=config.model.param_dtype,
+                place=sharding.place(mesh),
+            )
         _check_same_model(folder, published, model)
         return {workdir: build.params_of(published)}
     same = _SAME + (_SAME_EXPERTS if model.config.num_experts else ())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from codjax import build, checks
+from codjax import build, checks, models
 from codjax import chat as chats
 from tests import tiny
 
@@ -40,3 +40,40 @@ def test_a_model_that_the_platforms_kernels_cannot_run_is_refused_before_it_runs
         build._check_kernels(config, sizes, "tpu")
     config.kernels.implementation = "xla"
     build._check_kernels(config, sizes, "tpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", r"config\.json must hold a JSON object; it holds a list\.$"),
+        ('{"model_type": "gpt2"}', r"config\.json has model_type 'gpt2'; codjax has the decoders"),
+        ('{"model_type": "llama"}', r"^model\.source: .*hidden_size"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_told_in_one_line(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    config = tiny.get_config()
+    config.model.source = str(tmp_path)
+    with pytest.raises(checks.ConfigError, match=message) as error:
+        build.make_model(config, chats.load_chat(config.tokenizer.source))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_its_weights_is_told_in_one_line(tmp_path):
+    config = tiny.get_config()
+    chat = chats.load_chat(config.tokenizer.source)
+    sizes = build.make_model(config, chat).config
+    models.save_pretrained(models.init(sizes, seed=0), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    config.model.source = str(tmp_path)
+    model = build.make_model(config, chat)
+    with pytest.raises(checks.ConfigError, match=r"^model\.source: .*model\.safetensors"):
+        build.first_params(config, model, build.make_mesh(config, model))
+
+
+@pytest.mark.parametrize("text", ["{bad", "{}", '{"model": {"type": "none"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_told_in_one_line(text, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(checks.ConfigError, match=r"^tokenizer\.source: no tokenizer in") as error:
+        chats.load_chat(str(tmp_path))
+    assert "\n" not in str(error.value)
