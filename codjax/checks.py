@@ -31,6 +31,10 @@ class WriteError(Exception):
     """A disk failed or is full; the message is one line, and the same command goes on."""
 
 
+class StalledError(Exception):
+    """Something that was awaited did not come in time; the message is one line."""
+
+
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
 

@@ -22,6 +22,7 @@ FLOORS = {
     "codjax.checks": 0,
     "codjax.config_files": 0,
     "codjax.validation": 0,
+    "codjax.waits": 0,
     "codjax.workdirs": 0,
     "codjax.masked": 0,
     "codjax_kernels": 0,
