@@ -30,6 +30,7 @@ FLOORS = {
     "codjax.credit": 1,
     "codjax.scoring": 1,
     "codjax.batching": 1,
+    "codjax.pipeline": 1,
     "codjax.replay": 1,
     "codjax.logprobs": 1,
     "codjax.losses": 1,

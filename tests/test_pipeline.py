@@ -1,0 +1,203 @@
+"""Who samples what, by which weights, and when: rollouts that a test lets go on one by one."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from codjax import pipeline, replay, waits
+from codjax.checks import StalledError
+
+SYNCHRONOUS = pipeline.Settings(
+    num_steps=4,
+    max_staleness=0,
+    in_flight_updates=False,
+    max_concurrent=1,
+    sync_every=1,
+    deadline_s=20,
+    deadline_key="rollout.deadline_s",
+)
+
+
+class World:
+    """Scripted rollouts, and a record of what happened.
+
+    Attributes:
+        log: "load v" and "begin step by v", in order.
+        gates: a step's rollout goes on when its gate is set; without one, at once.
+    """
+
+    def __init__(self, tmp_path, **changes):
+        self.log, self.gates, self.version = [], {}, None
+        self.settings = dataclasses.replace(SYNCHRONOUS, **changes)
+        self.rules = replay.Rules(capacity=100, max_staleness=self.settings.max_staleness, noise=0)
+        self.stalls = waits.Waits(tmp_path)
+
+    def open(self, **options):
+        return pipeline.Pipeline(
+            self.settings,
+            sample=self.sample,
+            load=self.load,
+            rules=self.rules,
+            stalls=self.stalls,
+            **options,
+        )
+
+    async def load(self, weights, version):
+        assert weights == f"weights {version}"
+        await asyncio.sleep(0.01)
+        self.version = version
+        self.log.append(f"load {version}")
+
+    async def sample(self, step):
+        begun = self.version
+        self.log.append(f"begin {step} by {begun}")
+        while step in self.gates and not self.gates[step].is_set():
+            await asyncio.sleep(0.005)
+        return f"groups {step}", begun
+
+
+def train(world, made, *, until=None, pause=0.0, version=0):
+    """The learner's loop; the steps it trained on, in order."""
+    trained = []
+    made.offer(f"weights {version}", version=version)
+    while until is None or len(trained) < until:
+        drawn = made.take(version + 1)
+        if drawn is None:
+            break
+        if drawn.item is not None:
+            time.sleep(pause)
+            version += 1
+            trained.append(drawn.item.step)
+            made.offer(f"weights {version}", version=version)
+        made.consumed(drawn)
+    return trained
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_without_staleness_every_step_is_sampled_by_the_weights_before_it(tmp_path, pause):
+    world = World(tmp_path)
+    with world.open() as made:
+        assert train(world, made, pause=pause) == [0, 1, 2, 3]
+    assert world.log[:8] == [
+        text for step in range(4) for text in (f"load {step}", f"begin {step} by {step}")
+    ]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_one_step_ahead_is_sampled_by_the_weights_before_the_last_whatever_the_timing(
+    tmp_path, pause
+):
+    world = World(tmp_path, max_staleness=1, num_steps=6)
+    with world.open() as made:
+        assert train(world, made, pause=pause) == [0, 1, 2, 3, 4, 5]
+    begun = [text for text in world.log if text.startswith("begin")]
+    assert begun == ["begin 0 by 0", *[f"begin {step} by {step - 1}" for step in range(1, 6)]]
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_in_flight_steps_overlap_within_the_limit_and_weights_are_handed_on_at_once(tmp_path):
+    world = World(tmp_path, max_staleness=3, in_flight_updates=True, max_concurrent=2, num_steps=10)
+    world.gates = {step: threading.Event() for step in range(10)}
+    with world.open() as made:
+        made.offer("weights 0", version=0)
+        wait_until(lambda: len(world.log) == 3)
+        time.sleep(0.05)
+        assert world.log == ["load 0", "begin 0 by 0", "begin 1 by 0"]  # two at once
+        made.offer("weights 1", version=1)
+        wait_until(lambda: world.log[-1] == "load 1")  # beside the two
+        for step in range(10):
+            world.gates[step].set()
+        # Four wait, or are sampled: the fifth would be staler than allowed.
+        wait_until(lambda: "begin 3 by 1" in world.log)
+        time.sleep(0.05)
+        assert len([text for text in world.log if text.startswith("begin")]) == 4
+
+
+def test_weights_are_handed_on_every_so_many_updates(tmp_path):
+    world = World(tmp_path, max_staleness=1, sync_every=2, num_steps=5)
+    with world.open() as made:
+        train(world, made)
+    weights = [text.split()[-1] for text in world.log if text.startswith("begin")]
+    assert weights == ["0", "0", "2", "2", "4"]
+
+
+def test_what_is_too_old_is_given_up_and_the_run_goes_on(tmp_path):
+    world = World(tmp_path, max_staleness=1, num_steps=3)
+    old = replay.Item(step=0, version=0, payload="groups 0")
+    with world.open(position=pipeline.Position(next_step=1, items=(old,))) as made:
+        made.offer("weights 5", version=5)
+        drawn = made.take(6)
+        assert (drawn.item, drawn.too_old) == (None, (old,))
+        made.consumed(drawn)
+        assert train(world, made, version=5) == [1, 2]
+
+
+def test_a_run_goes_on_with_what_waits_and_begins_the_unfinished_again(tmp_path):
+    world = World(tmp_path, max_staleness=2, in_flight_updates=True, max_concurrent=2, num_steps=6)
+    world.gates = {step: threading.Event() for step in range(6)}
+    world.gates[1].set()
+    with world.open() as made:
+        made.offer("weights 0", version=0)
+        wait_until(lambda: made.position().items)
+        position = made.position()
+    assert [item.step for item in position.items] == [1]
+    assert (position.unfinished, position.next_step) == ((0, 2), 3)
+    for gate in world.gates.values():
+        gate.set()
+    with world.open(position=position) as made:
+        assert sorted(train(world, made)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_without_in_flight_updates_a_checkpoint_waits_for_the_step_under_way(tmp_path):
+    world = World(tmp_path, max_staleness=1, num_steps=3)
+    world.gates = {1: threading.Event()}
+    with world.open() as made:
+        assert train(world, made, until=1) == [0]
+        threading.Timer(0.1, world.gates[1].set).start()
+        position = made.position()
+    assert (position.next_step, position.unfinished) == (2, ())
+    assert [(item.step, item.version) for item in position.items] == [(1, 0)]
+
+
+@pytest.mark.parametrize("where", ["sample", "load"])
+def test_what_a_rollout_raises_is_raised_where_it_is_awaited(tmp_path, where):
+    world = World(tmp_path)
+
+    async def fail(*_):
+        raise KeyError("mine")
+
+    setattr(world, where, fail)
+    with world.open() as made, pytest.raises(KeyError, match="mine"):
+        train(world, made)
+
+
+def test_a_rollout_that_does_not_come_is_a_stall_with_its_stack(tmp_path):
+    world = World(tmp_path, deadline_s=0.2)
+    world.gates = {0: threading.Event()}
+    with world.open() as made, pytest.raises(StalledError) as caught:
+        train(world, made)
+    assert (
+        "for a rollout step for update 1; last sign of life of rollouts: 0 s ago: step 0 was"
+        in (str(caught.value))
+    )
+    (path,) = tmp_path.glob("stall-*.txt")
+    assert "rollout step 0" in path.read_text()
+
+
+def test_closing_cancels_what_is_sampled_and_ends_the_thread(tmp_path):
+    world = World(tmp_path)
+    world.gates = {0: threading.Event()}
+    made = world.open()
+    made.offer("weights 0", version=0)
+    wait_until(lambda: len(world.log) == 2)
+    made.close()
+    assert "rollouts" not in {thread.name for thread in threading.enumerate()}
