@@ -20,7 +20,7 @@ import numpy as np
 
 from codjax import scoring, seeds
 from codjax.checks import NonFiniteMetricError
-from codjax.types import Episode, EpisodeKind, StopReason, Trajectory, Turn
+from codjax.types import Episode, EpisodeKind, StopReason, Trajectory, Turn, VersionSpan
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,7 +45,7 @@ def rollout_metrics(
     solves = [e for run in kept for e in run.episodes_of(EpisodeKind.SOLVE_TASK)]
     updates = [e for run in kept for e in run.episodes_of(EpisodeKind.UPDATE_CONTEXT)]
     turns = [turn for episode in [*solves, *updates] for turn in episode.turns]
-    ages = [policy_version - turn.policy_version for turn in turns]
+    spans = [span for turn in turns for span in turn.version_spans]
     metrics = {
         "rollout/num_runs": float(len(runs)),
         "rollout/dropped_runs": float(len(runs) - len(kept)),
@@ -54,9 +54,7 @@ def rollout_metrics(
     metrics |= _mean("rollout/truncated_frac", [t.stop_reason is StopReason.LENGTH for t in turns])
     too_long = [e.stop_reason is StopReason.PROMPT_TOO_LONG for e in [*solves, *updates]]
     metrics |= _mean("rollout/prompt_too_long_frac", too_long)
-    metrics |= _mean("staleness/mean", ages)
-    if ages:
-        metrics["staleness/max"] = float(max(ages))
+    metrics |= _staleness(spans, policy_version)
     metrics |= _reward_metrics(solves, "")
     for name, value in {
         "turns": lambda e: len(e.turns),
@@ -67,6 +65,16 @@ def rollout_metrics(
     metrics |= _hint_metrics(updates)
     metrics |= _taskset_metrics(kept)
     return metrics
+
+
+def _staleness(spans: Sequence[VersionSpan], policy_version: int) -> dict[str, float]:
+    """Age of the weights that sampled a token, over tokens."""
+    sizes = [span.end - span.start for span in spans]
+    if not sum(sizes):
+        return {}
+    ages = [policy_version - span.version for span in spans]
+    total = sum(age * size for age, size in zip(ages, sizes, strict=True))
+    return {"staleness/mean": total / sum(sizes), "staleness/max": float(max(ages))}
 
 
 def _reward_metrics(solves: Sequence[Episode], taskset: str) -> dict[str, float]:
@@ -383,6 +391,7 @@ def _turn_json(turn: Turn, decode: Callable[[np.ndarray], str]) -> dict[str, Any
         # Shortest text that gives the float32 back: a third of the digits of a float64.
         "sampler_logprobs": [float(str(x)) for x in turn.sampler_logprobs.astype(np.float32)],
         "policy_version": turn.policy_version,
+        "version_spans": [[s.version, s.start, s.end] for s in turn.version_spans],
         "stop_reason": str(turn.stop_reason),
     }
 

@@ -68,6 +68,7 @@ def _turn(values: dict[str, Any]) -> types.Turn:
         "prompt_tokens": np.array(values["prompt_tokens"], np.int32),
         "response_tokens": np.array(values["response_tokens"], np.int32),
         "sampler_logprobs": np.array(values["sampler_logprobs"], np.float32),
+        "version_spans": tuple(types.VersionSpan(**span) for span in values["version_spans"]),
         "stop_reason": types.StopReason(values["stop_reason"]),
     }
     return types.Turn(**(values | changed))

@@ -98,6 +98,15 @@ class Pack:
     env_task_indices: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class VersionSpan:
+    """Response tokens `[start, end)`, sampled by the weights behind which are `version` updates."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
     """One model call: the tokens it was fed and the tokens it returned.
@@ -106,7 +115,9 @@ class Turn:
         prompt_tokens: int32 `[n]`.
         response_tokens: int32 `[m]`, with the stop token if one was sampled.
         sampler_logprobs: float32 `[m]`, natural log, at the sampling temperature.
-        policy_version: number of updates behind the weights that sampled it.
+        policy_version: number of updates behind the oldest weights that sampled a token of it.
+        version_spans: which weights sampled which tokens; in order, covering the response. One
+            span, unless a server took new weights while it answered.
         stop_reason: `STOP_TOKEN` or `LENGTH`.
     """
 
@@ -114,6 +125,7 @@ class Turn:
     response_tokens: np.ndarray = dataclasses.field(repr=False)
     sampler_logprobs: np.ndarray = dataclasses.field(repr=False)
     policy_version: int
+    version_spans: tuple[VersionSpan, ...]
     stop_reason: StopReason
 
 

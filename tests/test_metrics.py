@@ -7,15 +7,26 @@ import numpy as np
 import pytest
 
 from codjax import metrics, scoring
-from codjax.types import Episode, EpisodeKind, Pack, PackMode, StopReason, Task, Trajectory, Turn
+from codjax.types import (
+    Episode,
+    EpisodeKind,
+    Pack,
+    PackMode,
+    StopReason,
+    Task,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
 
 
-def turn(num_tokens=2, *, version=5, stop=StopReason.STOP_TOKEN):
+def turn(num_tokens=2, *, version=5, spans=None, stop=StopReason.STOP_TOKEN):
     return Turn(
         prompt_tokens=np.array([7, 8, 9], np.int32),
         response_tokens=np.arange(num_tokens, dtype=np.int32),
         sampler_logprobs=np.full(num_tokens, -0.1, np.float32),
         policy_version=version,
+        version_spans=spans or (VersionSpan(version, 0, num_tokens),),
         stop_reason=stop,
     )
 
@@ -83,7 +94,7 @@ def test_metrics_of_a_step_by_hand():
         "rollout/response_tokens": 3 + 5 + 2 + 2 + 2 + 4 + 1.0,
         "rollout/truncated_frac": pytest.approx(1 / 7),
         "rollout/prompt_too_long_frac": pytest.approx(1 / 6),
-        "staleness/mean": pytest.approx((6 * 1 + 3) / 7),
+        "staleness/mean": pytest.approx((14 * 1 + 5 * 3) / 19),
         "staleness/max": 3.0,
         "reward/mean": pytest.approx(1.85 / 4),
         "reward/position_0": pytest.approx(0.475),
@@ -104,6 +115,14 @@ def test_metrics_of_a_step_by_hand():
         "hint/length_chars_position_0": 8.0,
         "hint/response_tokens_position_0": 3.0,
     }
+
+
+def test_the_age_of_a_turn_that_saw_new_weights_is_that_of_each_token():
+    spans = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 4))
+    run = trajectory(0, solve(0, turns=[turn(4, version=3, spans=spans)]))
+    found = metrics.rollout_metrics([[run]], policy_version=5)
+    assert found["staleness/mean"] == (1 * 2 + 3 * 1) / 4
+    assert found["staleness/max"] == 2.0
 
 
 def test_what_nobody_reached_has_no_key():
@@ -255,6 +274,7 @@ def test_trajectories_are_written_whole(tmp_path):
                 "response_tokens": [0, 1],
                 "sampler_logprobs": [-0.1, -0.1],
                 "policy_version": 5,
+                "version_spans": [[5, 0, 2]],
                 "stop_reason": "stop_token",
             }
         ],

@@ -7,7 +7,17 @@ import pytest
 
 from codjax import config as config_lib
 from codjax import scoring
-from codjax.types import Episode, EpisodeKind, Pack, PackMode, StopReason, Task, Trajectory, Turn
+from codjax.types import (
+    Episode,
+    EpisodeKind,
+    Pack,
+    PackMode,
+    StopReason,
+    Task,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
 
 # spec/algorithm.md §13 A: two runs over three tasks.
 TASK_REWARDS = [[0, 1, 1], [0, 0, 1]]
@@ -23,6 +33,7 @@ def make_episode(kind, position, reward, turn_tokens):
             response_tokens=np.zeros(count, np.int32),
             sampler_logprobs=np.zeros(count, np.float32),
             policy_version=0,
+            version_spans=(VersionSpan(0, 0, count),),
             stop_reason=StopReason.STOP_TOKEN,
         )
         for count in turn_tokens

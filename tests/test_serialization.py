@@ -34,6 +34,7 @@ def turn(logprobs=AWKWARD, **changes):
         "response_tokens": np.arange(len(logprobs), dtype=np.int32),
         "sampler_logprobs": np.asarray(logprobs, np.float32),
         "policy_version": 3,
+        "version_spans": (types.VersionSpan(3, 0, 2), types.VersionSpan(4, 2, len(logprobs))),
         "stop_reason": types.StopReason.STOP_TOKEN,
     }
     return types.Turn(**(values | changes))

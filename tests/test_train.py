@@ -410,6 +410,7 @@ def test_training_sequences_score_what_was_sampled():
         response_tokens=np.array([4, 5], np.int32),
         sampler_logprobs=np.array([-0.5, -1.5], np.float32),
         policy_version=0,
+        version_spans=(types.VersionSpan(0, 0, 2),),
         stop_reason=types.StopReason.STOP_TOKEN,
     )
     episode = types.Episode(

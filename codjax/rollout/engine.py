@@ -120,9 +120,10 @@ class Engine:
         self._forget()
 
     async def generate(
-        self, prompt: np.ndarray, params: SamplingParams, *, seed: int
+        self, prompt: np.ndarray, params: SamplingParams, *, seed: int, group: int = 0
     ) -> Generation:
         """A response to the int32 `[n]` prompt; see `codjax.rollout.sampler.Sampler`."""
+        del group  # there is one cache, and all prefixes are in it
         self._check(prompt, params)
         request = _Request(
             prompt=prompt,
@@ -353,6 +354,7 @@ class Engine:
                 tokens=np.array(request.tokens, np.int32),
                 logprobs=np.array(request.logprobs, np.float32),
                 policy_version=self._policy_version,
+                version_spans=(types.VersionSpan(self._policy_version, 0, len(request.tokens)),),
                 stop_reason=types.StopReason.STOP_TOKEN if is_stop else types.StopReason.LENGTH,
             )
         )

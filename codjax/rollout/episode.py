@@ -34,10 +34,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solved:
-    """A solve episode and what of it is shown to the hint writer."""
+    """A solve episode and what of it is shown to the hint writer.
+
+    `group` is what its requests had in common with those of the pack's other runs.
+    """
 
     episode: types.Episode
     transcript: prompts.Transcript
+    group: int
 
 
 async def solve(
@@ -67,7 +71,7 @@ async def solve(
         The episode with its transcript. If its `stop_reason` is a failure or `PROMPT_TOO_LONG`,
         the reward is 0 and the feedback says what happened.
     """
-    talk = _Conversation(sampler=sampler, chat=chat, settings=settings, seed=seed)
+    talk = _Conversation(sampler=sampler, chat=chat, settings=settings, seed=seed, group=pack.seed)
     try:
         await _play(talk, env, pack, position, hint)
         outcome = _ask(env.result)
@@ -107,7 +111,7 @@ async def solve(
         actions=tuple(compress(action) for action in talk.actions),
         final_observation=talk.final_observation if settings.include_final_observation else None,
     )
-    return Solved(episode=episode, transcript=transcript)
+    return Solved(episode=episode, transcript=transcript, group=pack.seed)
 
 
 async def update(
@@ -137,7 +141,9 @@ async def update(
         feedback=task.feedback,
         length_request=settings.response_length_request,
     )
-    talk = _Conversation(sampler=sampler, chat=chat, settings=settings, seed=seed)
+    talk = _Conversation(
+        sampler=sampler, chat=chat, settings=settings, seed=seed, group=solved.group
+    )
     body, reward, has_format_error, feedback = None, 0.0, False, ""
     try:
         body = prompts.parse_hint(await talk.answer(chat.encode(messages)), style)
@@ -178,6 +184,7 @@ class _Conversation:
     chat: chats.Chat
     settings: RolloutSettings
     seed: int
+    group: int  # of the requests: those of a pack share prefixes
     system_prompt: str = ""  # the environment's own
     max_turns: int = 1
     turns: list[types.Turn] = dataclasses.field(default_factory=list)
@@ -206,12 +213,13 @@ class _Conversation:
             stop_tokens=self.chat.stop_tokens,
         )
         turn_seed = seeds.derive_seed(self.seed, len(self.turns))
-        generation = await self.sampler.generate(prompt, params, seed=turn_seed)
+        generation = await self.sampler.generate(prompt, params, seed=turn_seed, group=self.group)
         turn = types.Turn(
             prompt_tokens=prompt,
             response_tokens=generation.tokens,
             sampler_logprobs=generation.logprobs,
             policy_version=generation.policy_version,
+            version_spans=generation.version_spans,
             stop_reason=generation.stop_reason,
         )
         self.turns.append(turn)

@@ -49,13 +49,15 @@ class Generation:
         tokens: int32 `[m]`, m >= 1, with the stop token if one was sampled.
         logprobs: float32 `[m]`, natural log, of the distribution at the sampling temperature over
             the whole vocabulary (before top-p and top-k); at temperature 0, at temperature 1.
-        policy_version: of the weights that sampled it.
+        policy_version: of the oldest weights that sampled a token of it.
+        version_spans: which weights sampled which tokens; in order, covering all `m`.
         stop_reason: `STOP_TOKEN` or `LENGTH`.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     policy_version: int
+    version_spans: tuple[types.VersionSpan, ...]
     stop_reason: types.StopReason
 
 
@@ -63,12 +65,19 @@ class Sampler(Protocol):
     """A language model that answers many requests at once."""
 
     async def generate(
-        self, prompt: np.ndarray, params: SamplingParams, *, seed: int
+        self, prompt: np.ndarray, params: SamplingParams, *, seed: int, group: int = 0
     ) -> Generation:
-        """A response to the int32 `[n]` prompt; the same for the same arguments and weights.
+        """A response to the int32 `[n]` prompt.
+
+        Args:
+            prompt: token ids.
+            params: how tokens are drawn.
+            seed: of the draws; in process, equal arguments and weights give equal responses.
+            group: any number that requests with shared prefixes have in common; among several
+                servers it keeps them on one, and changes nothing else.
 
         Raises:
-            PromptTooLongError: prompt plus `max_tokens` exceed the context.
+            PromptTooLongError: prompt and response do not fit into the context.
             SamplerError: no answer could be had.
         """
         ...

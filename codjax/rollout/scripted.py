@@ -56,9 +56,10 @@ class ScriptedSampler:
         self._max_context = max_context
 
     async def generate(
-        self, prompt: np.ndarray, params: samplers.SamplingParams, *, seed: int
+        self, prompt: np.ndarray, params: samplers.SamplingParams, *, seed: int, group: int = 0
     ) -> samplers.Generation:
         """What the script answers, given random numbers that depend on `seed` alone."""
+        del group
         if self._max_context is not None and len(prompt) + params.max_tokens > self._max_context:
             raise samplers.PromptTooLongError(
                 f"{len(prompt)} prompt tokens and {params.max_tokens} new ones do not fit into "
@@ -74,11 +75,12 @@ class ScriptedSampler:
             self._in_flight -= 1
         head = tokens[: params.max_tokens].tolist()
         ends = [index + 1 for index, token in enumerate(head) if token in params.stop_tokens]
-        length = ends[0] if ends else params.max_tokens
+        made = np.asarray(tokens[: ends[0] if ends else params.max_tokens], np.int32)
         return samplers.Generation(
-            tokens=np.asarray(tokens[:length], np.int32),
-            logprobs=np.asarray(logprobs[:length], np.float32),
+            tokens=made,
+            logprobs=np.asarray(logprobs[: len(made)], np.float32),
             policy_version=self.policy_version,
+            version_spans=(types.VersionSpan(self.policy_version, 0, len(made)),),
             stop_reason=types.StopReason.STOP_TOKEN if ends else types.StopReason.LENGTH,
         )
 

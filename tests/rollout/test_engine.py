@@ -66,6 +66,7 @@ def test_logprobs_are_those_of_the_model(model):
         expected = np.asarray(models.score(model, tokens[None]))[0, len(prompt) - 1 :]
         np.testing.assert_allclose(answer.logprobs, expected, atol=2e-5)
         assert answer.policy_version == 7
+        assert answer.version_spans == (types.VersionSpan(7, 0, len(answer.tokens)),)
 
 
 def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(model):

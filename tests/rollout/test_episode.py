@@ -188,17 +188,20 @@ def test_sampling_params_come_from_the_settings():
     asked = []
 
     class Recorder(scripted.ScriptedSampler):
-        async def generate(self, prompt, params, *, seed):
-            asked.append(params)
+        async def generate(self, prompt, params, *, seed, group=0):
+            asked.append((params, group))
             return await super().generate(prompt, params, seed=seed)
 
     sampler = Recorder(scripted.speaks(lambda prompt, rng: "go", CHAT))
     sampler.load_weights(None, policy_version=3)
     episode = solve(sampler, temperature=0.5, top_k=4).episode
-    assert asked[0] == samplers.SamplingParams(
+    assert asked[0][0] == samplers.SamplingParams(
         temperature=0.5, top_p=1.0, top_k=4, max_tokens=2000, stop_tokens=(258,)
     )
+    assert {group for _, group in asked} == {PACK.seed}  # the runs of a pack share prefixes
     assert {turn.policy_version for turn in episode.turns} == {3}
+    num_tokens = len(episode.turns[0].response_tokens)
+    assert episode.turns[0].version_spans == (types.VersionSpan(3, 0, num_tokens),)
 
 
 THINKING = "<think>hm\n</think>I say <answer>go</answer>"

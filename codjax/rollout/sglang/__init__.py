@@ -1,0 +1,1 @@
+"""SGLang servers as the sampler: wire format, connections, routing over replicas, weight pushes."""

@@ -1,0 +1,321 @@
+"""The servers behind a sampler: which one is asked, which one is set aside, and its way back.
+
+A replica serves from the moment when its owner says that its weights are current (`readmit`)
+until it fails several times in a row, answers from other weights, or is drained. Then it is set
+aside: nothing is sent there but probes, until the owner has given it weights and readmits it. The
+owner's watch is a loop around `returned`:
+
+    while True:
+        url = await replicas.returned()
+        …                                   # push the current weights there
+        await replicas.readmit(url, policy_version=version)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Sequence
+
+from codjax.rollout.sampler import SamplerError
+from codjax.rollout.sglang import wire
+from codjax.rollout.sglang.server import (
+    BusyError,
+    NoAnswerError,
+    ServerClient,
+    ServerSettings,
+)
+
+# The first that says per token which weights sampled it (`weight_versions`).
+OLDEST_SGLANG = (0, 5, 19)
+# Groups whose replica is remembered; a group is a pack, and a pack is over after some minutes.
+_MAX_HOMES = 65536
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpectedModel:
+    """The model that every replica must run.
+
+    Attributes:
+        architecture: as in its Hugging Face config, such as "Qwen3ForCausalLM".
+        vocab_size: V.
+        context_tokens: longest prompt with its response that must fit.
+    """
+
+    architecture: str
+    vocab_size: int
+    context_tokens: int
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Replica:
+    """One server and what is known of it.
+
+    Attributes:
+        client: its connections.
+        info: what it said when it was checked.
+        policy_version: of the weights that it was given last.
+        in_flight: requests of ours that it is answering.
+        num_failures: failed requests since the last good one.
+        admission: counts its readmissions; a failure from before the last one is old news.
+        distrusted: the last admission of which no answer is to be believed.
+        aside: why nothing is sent to it, or None while it serves.
+        aside_since: when it was set aside, on the monotonic clock.
+    """
+
+    client: ServerClient
+    info: wire.ServerInfo | None = None
+    policy_version: int = -1
+    in_flight: int = 0
+    num_failures: int = 0
+    admission: int = 0
+    distrusted: int = -1
+    aside: str | None = "it was not given weights yet"
+    aside_since: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.client.url
+
+
+class Replicas:
+    """All servers of a sampler; owns their clients until `close`. One event loop."""
+
+    def __init__(self, settings: ServerSettings, expected: ExpectedModel, run_id: str) -> None:
+        self._settings, self._expected, self._run_id = settings, expected, run_id
+        self.all = tuple(
+            Replica(client=ServerClient(url, settings)) for url in dict.fromkeys(settings.urls)
+        )
+        self.num_set_aside = 0
+        self._homes: dict[int, Replica] = {}
+        self._changed = asyncio.Event()  # replaced at every change of who serves
+
+    async def connect(self) -> None:
+        """Waits until every server is ready, and checks what it runs; none serves yet.
+
+        Raises:
+            SamplerError: one is not ready in time, or does not run the expected model.
+        """
+        try:
+            async with asyncio.timeout(self._settings.ready_timeout_s):
+                for replica in self.all:
+                    await self._connect(replica)
+        except TimeoutError:
+            unready = next(replica.url for replica in self.all if replica.info is None)
+            raise SamplerError(
+                f"{unready} was not ready within {self._settings.ready_timeout_s:g} s "
+                "(server.ready_timeout_s): is the server running, and does its log show an error?"
+            ) from None
+
+    async def close(self) -> None:
+        """Ends all connections."""
+        for replica in self.all:
+            await replica.client.close()
+
+    async def choose(self, group: int, *, avoid: Replica | None) -> Replica:
+        """The replica to ask next: its group's, unless that is too busy; else the least busy.
+
+        Waits while none serves.
+
+        Raises:
+            SamplerError: none served for `settings.replica_wait_s`.
+        """
+        deadline = time.monotonic() + self._settings.replica_wait_s
+        while not (serving := [replica for replica in self.all if replica.aside is None]):
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                raise SamplerError(
+                    f"no server served for {self._settings.replica_wait_s:g} s "
+                    f"(server.replica_wait_s): {self.why_aside()}"
+                ) from None
+        others = [replica for replica in serving if replica is not avoid] or serving
+        least = min(others, key=lambda replica: replica.in_flight)
+        home = self._homes.pop(group, None)
+        if home not in others or home.in_flight > least.in_flight + self._settings.max_imbalance:
+            home = least
+        self._homes[group] = home  # the last one in the order of use
+        if len(self._homes) > _MAX_HOMES:
+            del self._homes[next(iter(self._homes))]
+        return home
+
+    def has_other(self, replica: Replica) -> bool:
+        """Whether another one serves."""
+        return any(other.aside is None and other is not replica for other in self.all)
+
+    def succeeded(self, replica: Replica) -> None:
+        """It answered a request."""
+        replica.num_failures = 0
+
+    def failed(self, replica: Replica, reason: SamplerError, *, admission: int) -> None:
+        """It failed a request that was sent while it was admitted for the `admission`-th time."""
+        if admission != replica.admission or replica.aside is not None:
+            return
+        replica.num_failures += 1
+        if isinstance(reason, wire.WrongWeightsError):
+            self.set_aside(replica.url, str(reason))
+        elif replica.num_failures >= self._settings.max_failures:
+            text = f"{replica.num_failures} failures in a row, the last: {reason}"
+            self.set_aside(replica.url, text)
+
+    def set_aside(self, url: str, reason: str, *, distrust: bool = False) -> None:
+        """Sends nothing there any more, until it is readmitted.
+
+        With `distrust`, what it is answering now is not believed either: its weights are in doubt.
+        """
+        replica = self.of(url)
+        if distrust:
+            replica.distrusted = replica.admission
+        if replica.aside is None:
+            _logger.warning("Server %s is set aside: %s.", replica.url, reason.rstrip("."))
+            self.num_set_aside += 1
+            replica.aside, replica.aside_since = reason.rstrip("."), time.monotonic()
+            self._notify()
+
+    async def readmit(self, url: str, *, policy_version: int) -> None:
+        """Its weights are those of `policy_version`: it serves from now on, or goes on serving.
+
+        To be called after every push, for every replica.
+
+        Raises:
+            SamplerError: it is not ready, or runs another model or other weights after all; it is
+                set aside then.
+        """
+        replica = self.of(url)
+        try:
+            await self._check_weights(replica, policy_version)
+        except SamplerError as error:
+            self.set_aside(url, str(error))
+            raise
+        if replica.aside is not None:
+            _logger.info("Server %s serves the weights of version %d.", url, policy_version)
+        replica.policy_version, replica.aside, replica.num_failures = policy_version, None, 0
+        replica.admission += 1
+        self._notify()
+
+    async def returned(self) -> str:
+        """The address of a replica that was set aside and is ready; waits for one.
+
+        The same one is returned again until it is readmitted: an owner that cannot give it weights
+        should wait before it asks again.
+        """
+        while True:
+            for replica in self.all:
+                if replica.aside is not None and await replica.client.is_ready():
+                    return replica.url
+            if all(replica.aside is None for replica in self.all):
+                await self._changed.wait()
+            else:
+                await asyncio.sleep(self._settings.probe_interval_s)
+
+    async def drain(self, urls: Sequence[str]) -> None:
+        """Sets servers aside and ends what they do; partial answers go on elsewhere, or wait.
+
+        Raises:
+            SamplerError: one was not idle within `settings.drain_timeout_s`.
+        """
+        replicas = [self.of(url) for url in urls]
+        for replica in replicas:
+            self.set_aside(replica.url, "it was drained")
+        drains = (self._drain(replica) for replica in replicas)
+        errors = await asyncio.gather(*drains, return_exceptions=True)
+        for error in filter(None, errors):
+            raise error
+
+    def of(self, url: str) -> Replica:
+        """The replica at an address."""
+        return next(replica for replica in self.all if replica.url == url.rstrip("/"))
+
+    def why_aside(self) -> str:
+        """Who was set aside, since when and why, in one line."""
+        now = time.monotonic()
+        return "; ".join(
+            f"{replica.url} set aside {now - replica.aside_since:.0f} s ago: {replica.aside}"
+            for replica in self.all
+            if replica.aside is not None
+        )
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _connect(self, replica: Replica) -> None:
+        while not await replica.client.is_ready():
+            await asyncio.sleep(self._settings.probe_interval_s)
+        info = await replica.client.info()
+        check(replica, info, self._expected)
+        found = await replica.client.vocab_size()
+        wanted = self._expected.vocab_size
+        if found is not None and found != wanted:
+            raise SamplerError(
+                f"{replica.url} has a vocabulary of {found}, and the model one of {wanted}: start "
+                "it with a checkpoint of model.source."
+            )
+        replica.info = info
+
+    async def _check_weights(self, replica: Replica, policy_version: int) -> None:
+        url = replica.url
+        if not await replica.client.is_ready():
+            raise NoAnswerError(f"{url} is not ready: it loads, is paused, or is gone.")
+        replica.info = await replica.client.info()
+        check(replica, replica.info, self._expected)
+        wanted = wire.version_name(self._run_id, policy_version)
+        if replica.info.weight_version != wanted:
+            raise wire.WrongWeightsError(
+                f"{url} has the weights {replica.info.weight_version!r}, and should have "
+                f"{wanted!r}: push them there first."
+            )
+
+    async def _drain(self, replica: Replica) -> None:
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        seen = "it did not answer"
+        while time.monotonic() < deadline:
+            try:
+                await replica.client.abort_all()
+                load = await replica.client.load()
+            except (NoAnswerError, BusyError) as error:
+                seen = str(error)
+            else:
+                if not (load.num_running or load.num_waiting or replica.in_flight):
+                    return
+                seen = (
+                    f"{load.num_running} running, {load.num_waiting} waiting, "
+                    f"{replica.in_flight} of ours unanswered"
+                )
+            await asyncio.sleep(min(0.1, self._settings.drain_timeout_s))
+        raise SamplerError(
+            f"{replica.url} was not idle {self._settings.drain_timeout_s:g} s "
+            f"(server.drain_timeout_s) after it was told to drop its requests: {seen}."
+        )
+
+
+def check(replica: Replica, info: wire.ServerInfo, expected: ExpectedModel) -> None:
+    """Raises if a server cannot serve the model.
+
+    Tokenizers need no check: tokens go in, tokens come out, and stop tokens go with each request.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", info.sglang_version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_SGLANG:
+        raise SamplerError(
+            f"{replica.url} runs sglang {info.sglang_version or '(unknown)'}; needed is "
+            f"{'.'.join(map(str, OLDEST_SGLANG))} or later, which says which weights sampled "
+            "which tokens."
+        )
+    if info.architecture != expected.architecture:
+        raise SamplerError(
+            f"{replica.url} runs a {info.architecture or 'model of no name'} "
+            f"({info.model_path}), and the model is a {expected.architecture}: start it with a "
+            "checkpoint of model.source."
+        )
+    if info.context_tokens < expected.context_tokens:
+        raise SamplerError(
+            f"{replica.url} has room for {info.context_tokens} tokens of prompt and response, and "
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens are "
+            f"{expected.context_tokens}: start it with a larger --context-length or "
+            "--mem-fraction-static, or lower these."
+        )
