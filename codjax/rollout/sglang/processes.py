@@ -21,14 +21,14 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 
 from codjax.rollout.sglang import guard
 
-_POLL_S = 0.2  # between two looks at a server that is starting
+_POLL_S = 0.2  # between two looks at a process
+_ANSWER_S = 5.0  # for a server that is starting to answer
 _TAIL_LINES, _TAIL_BYTES = 8, 8192  # of a log, in an error
 _GUARD_S = 15.0  # that the guard may take to end, beyond the grace of its command
 
@@ -109,7 +109,11 @@ class ServerProcess:
     @property
     def is_running(self) -> bool:
         """Whether there is a process, well or not."""
-        return self._process is not None and self._process.poll() is None
+        if self._process is None or self._process.poll() is None:
+            return self._process is not None
+        assert self._process.stdin is not None  # a pipe
+        self._process.stdin.close()
+        return False
 
     async def start(self) -> None:
         """Start the command; returns before it is ready.
@@ -156,18 +160,20 @@ class ServerProcess:
             ServerProcessError: it ended instead, or took too long.
         """
         settings = self.settings
-        began = time.monotonic()
-        async with _session(settings, timeout_s=5.0) as session:
-            while time.monotonic() - began < settings.ready_timeout_s:
-                if not self.is_running:
-                    raise ServerProcessError(self.ending())
-                if await _is_ready(session, settings.url):
-                    return
-                await asyncio.sleep(_POLL_S)
-        raise ServerProcessError(
-            f"{settings.name} did not answer {settings.url}/ready within "
-            f"{settings.ready_timeout_s:g} s of its start; {self._last_words()}"
-        )
+        try:
+            async with (
+                asyncio.timeout(settings.ready_timeout_s),
+                _session(settings, timeout_s=_ANSWER_S) as session,
+            ):
+                while not await _is_ready(session, settings.url):
+                    if not self.is_running:
+                        raise ServerProcessError(self.ending())
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise ServerProcessError(
+                f"{settings.name} did not answer {settings.url}/ready within "
+                f"{settings.ready_timeout_s:g} s of its start; {self._last_words()}"
+            ) from error
 
     async def wait_ended(self) -> None:
         """Wait until there is no process, which is noticed within a fraction of a second."""
@@ -193,8 +199,6 @@ class ServerProcess:
             _logger.error("%s does not end; its guard is killed.", self.settings.name)
             process.kill()  # and the command with it: the kernel sees to that
             await self.wait_ended()
-        assert process.stdin is not None  # a pipe
-        process.stdin.close()
 
     def ending(self) -> str:
         """How it ended, in a line."""
