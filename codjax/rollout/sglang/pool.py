@@ -1,9 +1,8 @@
 """SGLang servers on this machine, kept up.
 
-pool = ServerPool([ProcessSettings(…), …], on_ready=…)
+pool = ServerPool([ProcessSettings(…), …], last_good=pusher.last_good, on_ready=…)
 await pool.start()                         # all of them are ready
 await pool.watch(stop)                     # a task of the owner, until `stop` is set
-pool.processes["gpu0"].model_folder = …    # what it is started again from: the last good one
 await pool.stop()
 """
 
@@ -12,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pathlib
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from codjax.rollout.sglang import processes
@@ -33,6 +33,7 @@ class ServerPool:
         self,
         settings: Iterable[processes.ProcessSettings],
         *,
+        last_good: Mapping[str, pathlib.Path] | None = None,
         is_idle: Callable[[str], bool] = lambda name: False,
         on_down: Callable[[str, str], None] = lambda name, error: None,
         on_ready: Callable[[str], Awaitable[None]] | None = None,
@@ -41,6 +42,8 @@ class ServerPool:
 
         Args:
             settings: of each server.
+            last_good: server → folder to start it again from, looked up at each restart; without
+                one it is the folder of its settings.
             is_idle: whether a server has no request and no push of ours in flight. Only then its
                 health is probed: a busy one says so by answering, a paused one says it is not well.
             on_down: told at once that a server is down, and why; it will be started again.
@@ -49,6 +52,7 @@ class ServerPool:
         """
         self.processes = {one.name: processes.ServerProcess(one) for one in settings}
         self.given_up: dict[str, str] = {}
+        self._last_good = {} if last_good is None else last_good
         self._is_idle, self._on_down, self._on_ready = is_idle, on_down, on_ready
 
     async def start(self) -> None:
@@ -112,10 +116,9 @@ class ServerPool:
                     return
                 pause = min(settings.backoff_s * 2**num_restarts, settings.max_backoff_s)
                 num_restarts += 1
-                _logger.warning(
-                    "%s Started again from %s in %g s.", error, process.model_folder, pause
-                )
+                _logger.warning("%s; it is started again in %g s.", error, pause)
                 await asyncio.sleep(pause)
+                process.model_folder = self._last_good.get(settings.name, settings.model_folder)
                 error = await _restarted(process)
             if self._on_ready is not None:
                 await self._on_ready(settings.name)

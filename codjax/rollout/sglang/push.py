@@ -1,6 +1,6 @@
 """Staged weights into running servers, each verified before it is trusted.
 
-    pusher = Pusher(settings, on_failure=drain)
+    pusher = Pusher(settings, start_folders=…, on_failure=drain)
     staged = weights.stage_folder(…)                  # on the learner's thread
     outcomes = await pusher.push(staged, servers)     # on the event loop
     outcome = await pusher.sync(server)               # a restarted one, with the newest weights
@@ -150,20 +150,27 @@ class Pusher:
     success. Used from one event loop; a push of a server waits for an earlier one of it.
 
     Attributes:
-        last_good: server → folder with the weights that it was last verified with.
+        last_good: server → folder that it is to be started from again: with the weights that it was
+            last verified with. `ServerPool` takes this very mapping.
     """
 
     def __init__(
-        self, settings: PushSettings, *, on_failure: Callable[[str, str], None] | None = None
+        self,
+        settings: PushSettings,
+        *,
+        start_folders: Mapping[str, pathlib.Path] | None = None,
+        on_failure: Callable[[str, str], None] | None = None,
     ) -> None:
         """Push with these settings.
 
         Args:
             settings: deadlines and tolerance.
+            start_folders: server → folder that it was started from, which is its last good one
+                until the first push; of a resumed run, it may be among those that we remove.
             on_failure: called with server and error as soon as a server's weights are in doubt,
                 before it goes on generating unless only the probe could tell.
         """
-        self.last_good: dict[str, pathlib.Path] = {}
+        self.last_good: dict[str, pathlib.Path] = dict(start_folders or {})
         self._settings = settings
         self._on_failure = on_failure or (lambda server, error: None)
         self._newest: Staged | None = None

@@ -24,49 +24,62 @@ STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16":
 _MAGIC, _PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch.save's old format
 _INT32 = 2**31
 _NONE, _FALSE, _TRUE = b"N", b"\x89", b"\x88"
-_REDUCE, _PERSISTENT_ID = b"R", b"Q"
+_REDUCE, _PERSISTENT_ID, _END = b"R", b"Q", b"."
 
 
 def payload(named: Sequence[tuple[str, np.ndarray]]) -> str:
     """Tensors for one rank, as base64.
 
-    Takes about three times the size of the values for a moment; the result is 4/3 of it.
+    Takes about four times the size of the values for a moment; the result is 4/3 of it.
 
     Args:
-        named: name and values; contiguous, of a dtype in `STORAGES`.
+        named: name and values; of a dtype in `STORAGES`.
     """
-    pairs = [_tuple(_text(name), _tensor(array)) for name, array in named]
-    return base64.b64encode(_pickled(_list(pairs), protocol=4)).decode()
+    chunks: list[bytes | memoryview] = [_begin(protocol=4), b"]("]
+    for name, array in named:
+        chunks += [b"(", _text(name), *_tensor(array), b"t"]
+    chunks += [b"e", _END]
+    return base64.b64encode(b"".join(chunks)).decode()
 
 
-def _tensor(array: np.ndarray) -> bytes:
+def _tensor(array: np.ndarray) -> list[bytes | memoryview]:
+    """The calls that make a tensor, in pieces, so that the values are copied once."""
+    head = _head(array)
+    values = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-    storage = _call("torch.storage", "_load_from_bytes", _bytes(_file(array)))
-    return _call(
-        "torch._utils",
-        "_rebuild_tensor_v2",
-        storage,
+    before = (
+        _global("torch._utils", "_rebuild_tensor_v2"),
+        b"(",
+        _global("torch.storage", "_load_from_bytes"),
+        b"(",
+        b"\x8e" + struct.pack("<Q", len(head) + len(values)),
+        head,
+    )
+    after = (
+        b"t" + _REDUCE,
         _integer(0),  # offset
         _tuple(*map(_integer, array.shape)),
         _tuple(*map(_integer, strides)),
         _FALSE,  # needs no gradient
-        _call("collections", "OrderedDict"),  # backward hooks
+        _global("collections", "OrderedDict") + b")" + _REDUCE,  # backward hooks
+        b"t" + _REDUCE,
     )
+    return [b"".join(before), values, b"".join(after)]
 
 
-def _file(array: np.ndarray) -> bytes:
-    """A storage with its values, in torch.save's old format."""
+def _head(array: np.ndarray) -> bytes:
+    """What stands before the values of a storage in torch.save's old format."""
     sizes = _dict({"short": _integer(2), "int": _integer(4), "long": _integer(4)})
     system = {
         "protocol_version": _integer(_PROTOCOL_VERSION),
         "little_endian": _TRUE,
         "type_sizes": sizes,
     }
-    key = "0"
+    key = _text("0")
     storage = _tuple(
         _text("storage"),
         _global("torch", STORAGES[array.dtype.name]),
-        _text(key),
+        key,
         _text("cpu"),
         _integer(array.size),
         _NONE,  # not a view of another
@@ -76,18 +89,17 @@ def _file(array: np.ndarray) -> bytes:
         _integer(_PROTOCOL_VERSION),
         _dict(system),
         storage + _PERSISTENT_ID,
-        _list([_text(key)]),
+        b"](" + key + b"e",
     )
-    values = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    head = b"".join(_pickled(value, protocol=2) for value in pickles)
-    return b"".join((head, struct.pack("<q", array.size), values))
+    pickled = (_begin(protocol=2) + value + _END for value in pickles)
+    return b"".join(pickled) + struct.pack("<q", array.size)
 
 
 # The opcodes of pickle that are needed.
 
 
-def _pickled(value: bytes, *, protocol: int) -> bytes:
-    return b"".join((b"\x80", bytes([protocol]), value, b"."))
+def _begin(*, protocol: int) -> bytes:
+    return b"\x80" + bytes([protocol])
 
 
 def _integer(value: int) -> bytes:
@@ -102,16 +114,8 @@ def _text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(encoded)) + encoded
 
 
-def _bytes(value: bytes) -> bytes:
-    return b"".join((b"\x8e", struct.pack("<Q", len(value)), value))
-
-
 def _tuple(*items: bytes) -> bytes:
     return b"".join((b"(", *items, b"t"))
-
-
-def _list(items: Sequence[bytes]) -> bytes:
-    return b"".join((b"](", *items, b"e"))
 
 
 def _dict(items: dict[str, bytes]) -> bytes:
@@ -120,7 +124,3 @@ def _dict(items: dict[str, bytes]) -> bytes:
 
 def _global(module: str, name: str) -> bytes:
     return b"c" + f"{module}\n{name}\n".encode()
-
-
-def _call(module: str, name: str, *arguments: bytes) -> bytes:
-    return b"".join((_global(module, name), _tuple(*arguments), _REDUCE))

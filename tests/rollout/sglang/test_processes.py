@@ -152,14 +152,14 @@ def watched(one, action, **hooks):
 def test_a_killed_server_is_started_again_from_the_last_good_weights(tmp_path):
     good = tmp_path / "weights-run-3"
     good.mkdir()
-    down, ready_again = [], asyncio.Event()
+    down, ready_again, last_good = [], asyncio.Event(), {}
 
     async def on_ready(name):
         ready_again.set()
 
     async def action(pool):
         before = pids_of(tmp_path)
-        pool.processes["gpu0"].model_folder = good
+        last_good["gpu0"] = good
         os.kill(before[0], signal.SIGKILL)
         killed = time.monotonic()
         await until(lambda: down)
@@ -169,7 +169,11 @@ def test_a_killed_server_is_started_again_from_the_last_good_weights(tmp_path):
         assert all(map(is_alive, pids_of(good)))
 
     pool = watched(
-        settings(tmp_path), action, on_down=lambda *told: down.append(told), on_ready=on_ready
+        settings(tmp_path),
+        action,
+        last_good=last_good,
+        on_down=lambda *told: down.append(told),
+        on_ready=on_ready,
     )
     assert [name for name, _ in down] == ["gpu0"]
     assert "gpu0 ended with status signal 9; see" in down[0][1]

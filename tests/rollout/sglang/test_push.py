@@ -266,6 +266,18 @@ def test_old_versions_go_after_the_next_success(tmp_path):
     assert (tmp_path / "weights-other-0").is_dir()
 
 
+def test_the_folder_that_a_server_was_started_from_stays_until_it_has_another(tmp_path):
+    first, second = push_server.ScriptedServer(), push_server.ScriptedServer()
+    second.broken["generate"] = 500
+    start = by_disk(tmp_path, 0).folder  # of the run before it was resumed
+    pusher = push.Pusher(settings(), start_folders={"a": start, "b": start})
+    pushed(pusher, by_disk(tmp_path, 1), first, second)
+    assert pusher.last_good == {"a": tmp_path / "weights-run-1", "b": start}
+    second.broken.clear()
+    pushed(pusher, by_disk(tmp_path, 2), first, second)
+    assert os.listdir(tmp_path) == ["weights-run-2"]
+
+
 def test_what_a_server_is_loading_is_not_removed(tmp_path):
     slow, quick = push_server.ScriptedServer(), push_server.ScriptedServer()
     slow.broken["update_weights_from_disk"] = "hangs"

@@ -58,7 +58,7 @@ def test_a_transposed_array_is_sent_as_it_is_read():
     np.testing.assert_array_equal(values, array)
 
 
-def test_sizes_above_32_bits_are_written_as_long():
-    assert pickle.loads(tensor_bytes._pickled(tensor_bytes._integer(2**40), protocol=2)) == 2**40
-    assert pickle.loads(tensor_bytes._pickled(tensor_bytes._integer(2**31), protocol=2)) == 2**31
-    assert pickle.loads(tensor_bytes._pickled(tensor_bytes._integer(-5), protocol=2)) == -5
+@pytest.mark.parametrize("value", [0, -5, 2**31 - 1, 2**31, 2**40])
+def test_sizes_above_32_bits_are_written_as_long(value):
+    pickled = tensor_bytes._begin(protocol=2) + tensor_bytes._integer(value) + b"."
+    assert pickle.loads(pickled) == value
