@@ -1,1 +1,1 @@
-"""SGLang servers as the sampler: wire format, connections, routing over replicas, weight pushes."""
+"""SGLang servers as the sampler: asking them, giving them weights, keeping them up."""
