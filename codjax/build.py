@@ -263,6 +263,20 @@ def make_learner(
     )
 
 
+def policy_learner(
+    config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh
+) -> learner.Learner:
+    """The learner of the run itself, after any warm-up."""
+    return make_learner(
+        config,
+        model,
+        mesh,
+        optimizer=config.optimizer,
+        objective=make_objective(config),
+        num_steps=config.num_steps,
+    )
+
+
 def make_engine(
     config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh
 ) -> engine.Engine:

@@ -245,9 +245,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """Options of the compiler for programs whose parameters are cut over the mesh.
 
     The TPU compiler likes to multiply with a gathered matrix piece by piece, while the next piece
-    arrives, and adds the products up in the dtype of the result. Of rows this long that costs more
-    memory traffic than the gather (three times that of Qwen3-8B's step on v5p:4x4x4) and 16
-    roundings in bfloat16; the threshold, in MiB, turns it off.
+    arrives, and adds the products up in the dtype of the result. With rows this long that makes
+    four times the memory traffic (Qwen3-8B's step on v5p:4x4x4, docs/plans.md) and 16 roundings
+    in bfloat16; the threshold, in MiB, turns it off.
     """
     if not _is_tpu(mesh.devices.flat[0]):
         return None

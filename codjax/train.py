@@ -108,14 +108,7 @@ class _Run:
         chat = chats.load_chat(config.tokenizer.source)
         model = build.make_model(config, chat)
         mesh = build.make_mesh(config, model)
-        made = build.make_learner(
-            config,
-            model,
-            mesh,
-            optimizer=config.optimizer,
-            objective=build.make_objective(config),
-            num_steps=config.num_steps,
-        )
+        made = build.policy_learner(config, model, mesh)
         memory.check_sampler(config, model, made, mesh)
         return cls(
             config=config,

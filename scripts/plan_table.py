@@ -36,7 +36,7 @@ PLANS = {  # name: config, topology, overrides
     "8b_v5e_128k": ("frozen_lake_qwen3_8b", "v5e:16x16", _long(context=16, rows=4)),
     "8b_v5p_128k": ("frozen_lake_qwen3_8b", "v5p:4x4x4", _long(context=8, rows=2)),
     "8b_v6e_128k": ("frozen_lake_qwen3_8b", "v6e:16x16", _long(context=16, rows=4)),
-    "32b_v5p_128k": ("frozen_lake_qwen3_32b", "v5p:4x4x4", _long(context=8, rows=2)),
+    "32b_v5p_128k": ("frozen_lake_qwen3_32b", "v5p:4x4x4", _long(context=4, rows=4)),
     "30b_a3b_v5p_128k": ("frozen_lake_qwen3_30b_a3b", "v5p:4x4x4", _long(context=8, rows=8)),
     "8b_v5e_4_layers": ("frozen_lake_qwen3_8b", "v5e:16x16", ("--config.model.num_layers=4",)),
     "8b_v5e_2x4": ("frozen_lake_qwen3_8b", "v5e:2x4", ("--config.batching.rows_per_microbatch=2",)),
@@ -92,7 +92,9 @@ def row(name, plan):
     ]
     usable = plan["chip"]["usable_bytes"] / GIB
     if bounds is None:
-        return "| " + " | ".join([*cells, step["refused"], "no", *[""] * 7]) + " |"
+        found = plan["advice"]["overrides"]
+        refused = f"refused; {found or 'no change that was tried'} makes it fit"
+        return "| " + " | ".join([*cells, refused, "no", *[""] * 7]) + " |"
     totals = [program["total_bytes"] / GIB for program in plan["programs"].values()]
     sampler = plan["sampler"]
     total = max(totals)

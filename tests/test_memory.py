@@ -51,14 +51,7 @@ def test_devices_that_tell_their_size_are_asked(monkeypatch):
     config = default_config()
     model = models.init(small.decoder_config(), seed=0)
     mesh = sharding.one_device()
-    made = build.make_learner(
-        config,
-        model,
-        mesh,
-        optimizer=config.optimizer,
-        objective=build.make_objective(config),
-        num_steps=1,
-    )
+    made = build.policy_learner(config, model, mesh)
     memory.check_sampler(config, model, made, mesh)  # CPUs do not tell
     monkeypatch.setattr(jax, "local_devices", lambda: [_Accelerator()])
     with pytest.raises(ConfigError, match=r"and has 0\.00 GiB"):

@@ -161,15 +161,7 @@ def _learner(
     config: ConfigDict, topology: str
 ) -> tuple[learner.Learner, models.Decoder, jax.sharding.Mesh]:
     mesh, model = _mesh_and_model(config, topology)
-    made = build.make_learner(
-        config,
-        model,
-        mesh,
-        optimizer=config.optimizer,
-        objective=build.make_objective(config),
-        num_steps=config.num_steps,
-    )
-    return made, model, mesh
+    return build.policy_learner(config, model, mesh), model, mesh
 
 
 def _work(config: ConfigDict, mesh: jax.sharding.Mesh) -> counts.Work:

@@ -33,8 +33,9 @@ LOGPROB_TOLERANCE, ENTROPY_TOLERANCE = 2e-5, 5e-5
 # Automatic differentiation of whole logits rounds the result to bfloat16, the kernels also what
 # enters the matrix units: two roundings of one size make 1.41 times its error.
 TIMES_NAIVE = 1.5
-# From float64 sums of terms that are rounded alike: float32 sums tip a rounding now and then.
-TIPPED = {jnp.bfloat16: 6e-4, jnp.float32: 3e-6}
+# From float64 sums of terms that are rounded alike: float32 sums tip a rounding now and then. The
+# weights of float32 logits, up to 50 here, are exact to 3e-6.
+TIPPED = {jnp.bfloat16: 6e-4, jnp.float32: 1e-5}
 
 
 class Case(NamedTuple):
@@ -209,24 +210,13 @@ def term_sizes(wanted, gradient):
     return {name: np.linalg.norm(x) for name, x in made.items()}
 
 
-def rounding(wanted, exact):
-    """How exact log-probs of float32 operands can be: 4 times the error of whole float32 logits.
-
-    The bars of log-probs are asked of bfloat16 operands, and hold there for any logit.
-    """
-    if wanted.case.dtype == jnp.bfloat16:
-        return 0.0
-    return 4 * np.abs(whole_logits(wanted, jnp.float32).logprobs - exact.logprobs).max()
-
-
-def check_statistics(found, exact, rounding=0.0):
+def check_statistics(found, exact):
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     logprobs, entropy = (
         found.target_logit - found.log_normaliser,
         found.log_normaliser - found.mean_logit,
     )
-    atol = max(LOGPROB_TOLERANCE, rounding)
-    np.testing.assert_allclose(logprobs, exact.logprobs, atol=atol, rtol=0)
+    np.testing.assert_allclose(logprobs, exact.logprobs, atol=LOGPROB_TOLERANCE, rtol=0)
     np.testing.assert_allclose(entropy, exact.entropy, atol=ENTROPY_TOLERANCE, rtol=0)
 
 
@@ -235,13 +225,13 @@ def check(wanted):
     exact = whole_logits(wanted, jnp.float64)
     gradient = logit_gradient(wanted, exact)
     made, expected = passes(wanted, gradient), rounded_gradients(wanted, gradient)
-    sizes, of_logits = term_sizes(wanted, gradient), rounding(wanted, exact)
+    sizes = term_sizes(wanted, gradient)
     for name in ("statistics", "mean", "stored"):
-        check_statistics(made[name], exact, of_logits)
+        check_statistics(made[name], exact)
     for name, bar in expected.items():
         # Few entries over few ids may cancel to almost nothing; a fifth is what is left of most.
         of_terms = 0.2 * sizes[name] / max(np.linalg.norm(bar), 1e-30)
-        limit = max(TIPPED[wanted.case.dtype], of_logits) * max(1.0, of_terms)
+        limit = TIPPED[wanted.case.dtype] * max(1.0, of_terms)
         assert distance(made[name], bar) <= limit, name
         assert distance(made["stored_" + name], bar) <= limit, name
 
@@ -272,20 +262,23 @@ def test_equals_whole_logits_in_float64_without_temperature_and_entropy_gradient
 
 
 @pytest.mark.slow
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(data=st.data())
 def test_equals_whole_logits_in_float64_at_random_sizes(data):
     num_rows = data.draw(st.integers(1, 400))
+    dtype = data.draw(st.sampled_from([jnp.bfloat16, jnp.float32]))
     case = Case(
         num_rows=num_rows,
         width=data.draw(st.integers(1, 140)),
         vocab_size=data.draw(st.integers(2, 300)),
-        dtype=data.draw(st.sampled_from([jnp.bfloat16, jnp.float32])),
+        dtype=dtype,
         has_temperature=data.draw(st.booleans()),
         num_valid=data.draw(st.none() | st.integers(1, num_rows)),
-        scale=data.draw(st.sampled_from([0.1, 3.0, 10.0])),
+        # The bars are of bfloat16 operands; float32 logits of 100 are not that exact themselves.
+        scale=data.draw(st.sampled_from([0.1, 3.0] + [10.0] * (dtype == jnp.bfloat16))),
     )
-    check(problem(case, data.draw(st.integers(0, 1000))))
+    for seed in range(4):  # compiling takes the time
+        check(problem(case, seed))
 
 
 def test_a_vocabulary_of_one_moves_nothing():
