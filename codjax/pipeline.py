@@ -142,6 +142,7 @@ class Pipeline:
         self._running: dict[int, asyncio.Task[tuple[Any, int | None]]] = {}
         self._training: replay.Item | None = None
         self._offered: tuple[Any, int] | None = None
+        self._loading: asyncio.Task[None] | None = None
         self._loaded: int | None = None
         self._error: BaseException | None = None
         self._times = _Times()
@@ -295,17 +296,21 @@ class Pipeline:
     async def _sample_all(self) -> None:
         """Hands weights on, begins what may begin, takes in what is done."""
         async with asyncio.TaskGroup() as tasks:
-            waking = tasks.create_task(self._wake.wait())
+            waking: asyncio.Task[Any] | None = None
             while True:
-                if (due := self._due()) is not None:
-                    await self._hand_on(*due)
-                while self._begin(tasks):
-                    pass
-                watched = {waking, *self._running.values()}
-                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                if waking.done():
+                if waking is None:
                     self._wake.clear()
                     waking = tasks.create_task(self._wake.wait())
+                if self._loading is None and (due := self._due()) is not None:
+                    self._loading = tasks.create_task(self._hand_on(*due), name="loading weights")
+                while self._begin(tasks):
+                    pass
+                loading = {self._loading} if self._loading else set()
+                watched = {waking, *loading, *self._running.values()}
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                waking = None if waking.done() else waking
+                if self._loading is not None and self._loading.done():
+                    self._loading = None
                 self._collect()
 
     def _due(self) -> tuple[Any, int] | None:
@@ -330,9 +335,12 @@ class Pipeline:
 
     def _begin(self, tasks: asyncio.TaskGroup) -> bool:
         """Begin the next step, if it may begin and has its weights; whether it was."""
-        # Under one lock, so that a step is never begun beside weights that are due.
         with self._changed:
-            if self._loaded is None or self._due() is not None or not self._may_begin():
+            if self._loaded is None or not self._may_begin():
+                return False
+            # Under one lock, so that a step is never begun beside weights that it should have.
+            awaits_weights = self._loading is not None or self._due() is not None
+            if awaits_weights and not self._settings.in_flight_updates:
                 return False
             if self._again:
                 step = self._again.pop(0)

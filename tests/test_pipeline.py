@@ -224,6 +224,7 @@ def test_what_is_too_old_is_given_up_and_the_run_goes_on(tmp_path):
 
 def test_a_run_goes_on_with_what_waits_and_begins_the_unfinished_again(tmp_path):
     world = World(tmp_path, max_staleness=2, in_flight_updates=True, max_concurrent=2, num_steps=6)
+    world.rules = dataclasses.replace(world.rules, max_staleness=9)  # nothing is dropped
     world.gates = {step: threading.Event() for step in range(6)}
     world.gates[1].set()
     with world.open() as made:
