@@ -57,6 +57,7 @@ def default_config() -> ConfigDict:
     )
     config.rollout = _rollout()
     config.engine = _engine()
+    config.server = _server()
     config.credit = _credit()
     config.loss = _loss()
     config.optimizer = _optimizer(learning_rate=1e-6)
@@ -218,7 +219,82 @@ def _rollout() -> ConfigDict:
                 }
             ),
             "blank_hints": False,  # control: every episode gets the empty hint
-            "steps_ahead": 0,  # 1: sample step n+1 while the learner updates on step n
+            "sampler": "engine",  # in this process | "sglang": servers, see `server`
+            # Most updates between the weights that sampled a token and those that it is trained
+            # into; what is older is dropped. 0: sample and train in turn. 1: sample step n+1
+            # while the learner updates on step n. Published: 20, and 5 for distillation.
+            "max_staleness": 0,
+            # False: a step is sampled with one version of the weights, by whose number a run of
+            # max_staleness 0 or 1 can be repeated. True: new weights reach the answers that are
+            # under way, steps overlap, and their order depends on the clock.
+            "in_flight_updates": False,
+            "steps_at_once": 2,  # rollout steps that are sampled together, if in_flight_updates
+            "sync_every": 1,  # updates between two hand-overs of weights (published: 4)
+            "replay": ConfigDict(
+                # spec/algorithm.md §11.2; read with in_flight_updates
+                {
+                    "max_uses": 1,  # updates on one rollout step, as published
+                    "decay": 2.0,  # what each use takes off its priority
+                    "noise": 2.0,  # standard deviation in the priority: mixes recent steps
+                }
+            ),
+            "deadline_s": 7200.0,  # longest wait for a rollout step; then the run ends and says why
+        }
+    )
+
+
+def _server() -> ConfigDict:
+    """SGLang servers; read with `rollout.sampler` "sglang". Times are in seconds."""
+    return ConfigDict(
+        {
+            # Addresses of servers that run already, "http://10.0.0.2:30000"; with several
+            # processes, server i belongs to process i mod N. Empty: `local` ones are started.
+            "urls": (),
+            # An sglang-router before `urls`, through which answers are asked for; weights, pauses
+            # and scores go to `urls`.
+            "router": config_dict.placeholder(str),
+            # Names of variables of the environment that hold the keys; a key itself would end up
+            # in config.json. --api-key and --admin-api-key of the servers.
+            "api_key_variable": config_dict.placeholder(str),
+            "admin_api_key_variable": config_dict.placeholder(str),
+            "dtype": "bfloat16",  # of the weights that are pushed
+            # "disk": a folder that the servers load | "bytes": in the body of a request
+            "route": "disk",
+            # Of "disk", seen by the servers under the same name; unset: weights/ in the workdir.
+            # /dev/shm/… is fast where they are on this machine, and takes twice the weights.
+            "weights_folder": config_dict.placeholder(str),
+            "bucket_mb": 256,  # of "bytes": values in one request
+            # Largest difference between a log-prob of a fixed text by a server and by the learner;
+            # unset: 0.5 in bfloat16, 0.0001 in float32.
+            "probe_tolerance": config_dict.placeholder(float),
+            "max_in_flight": 512,  # requests that are open at once, over all servers
+            "max_imbalance": 8,  # requests more than the least busy server before a pack moves
+            "max_retries": 5,  # of a request, after its first try
+            "max_failures": 3,  # in a row; then a server is set aside
+            "backoff_s": 0.5,  # before the first retry on the same server; doubles with each
+            "max_backoff_s": 15.0,
+            "connect_timeout_s": 10.0,
+            "request_timeout_s": 900.0,  # of one answer, to its last byte
+            "control_timeout_s": 60.0,  # of pauses, flushes and questions
+            "weights_timeout_s": 600.0,  # of loading weights
+            "ready_timeout_s": 900.0,  # for servers to be ready, at the start and after a restart
+            "replica_wait_s": 900.0,  # for any server to serve, when none does
+            "drain_timeout_s": 60.0,  # for a server to drop what it was told to drop
+            "probe_interval_s": 2.0,  # between two looks at a server that was set aside
+            "local": ConfigDict(
+                # Servers that `codjax train`, `eval` and `serve` start on their own machine.
+                {
+                    "num": 0,  # servers; per process, where several train
+                    "command": ("python3", "-m", "sglang.launch_server"),
+                    "arguments": ("--skip-tokenizer-init",),  # further ones, one word each
+                    "gpus_per_server": 1,  # --tp-size; 0: leave CUDA_VISIBLE_DEVICES alone
+                    "first_gpu": 0,  # the learner's come first where both are on one machine
+                    "host": "127.0.0.1",  # "0.0.0.0" for `codjax serve` to other machines
+                    "first_port": 30000,
+                    "max_restarts": 5,  # in a row, of one server
+                    "stop_timeout_s": 20.0,  # between SIGTERM and SIGKILL
+                }
+            ),
         }
     )
 

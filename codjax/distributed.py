@@ -327,18 +327,21 @@ class StopRequest:
 
     The first SIGTERM is noted, the second ends the process as it would have without. Outside
     the main thread, where Python takes no signals, it notes nothing.
+
+    Attributes:
+        is_noted: whether this process was asked; the others may not know yet.
     """
 
     def __init__(self) -> None:
-        self._is_asked = self._is_installed = False
+        self.is_noted = self._is_installed = False
         self._before: Any = None
 
     def is_asked(self) -> bool:
         """Whether any process was asked to stop; all must call it, and get the same answer."""
-        return any(gather(self._is_asked))
+        return any(gather(self.is_noted))
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._is_asked = True
+        self.is_noted = True
         signal.signal(number, self._before or signal.SIG_DFL)
 
     def __enter__(self) -> StopRequest:

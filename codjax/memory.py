@@ -73,26 +73,26 @@ def check_sampler(
     require_room(
         state_bytes(made, keeps_reference=config.loss.kl_coef != 0),
         sampler_bytes(config, model, mesh, num_processes=distributed.num_processes()),
-        steps_ahead=config.rollout.steps_ahead,
+        max_staleness=config.rollout.max_staleness,
         limit=stats["bytes_limit"],
     )
 
 
 def require_room(
-    state: dict[str, int], sampler: dict[str, int], *, steps_ahead: int, limit: int
+    state: dict[str, int], sampler: dict[str, int], *, max_staleness: int, limit: int
 ) -> None:
     """Raise if what a device holds while sampling is more than its memory.
 
     Args:
         state: of `state_bytes`.
         sampler: of `sampler_bytes`.
-        steps_ahead: 1 if an update runs meanwhile, with its gradients.
+        max_staleness: above 0, an update runs meanwhile, with its gradients.
         limit: bytes of the device.
 
     Raises:
         ConfigError: as `check_sampler`.
     """
-    lives = sum(state.values()) - (0 if steps_ahead else state["gradients"])
+    lives = sum(state.values()) - (0 if max_staleness else state["gradients"])
     needed = lives + sum(sampler.values())
     if needed > limit:
         raise checks.ConfigError(

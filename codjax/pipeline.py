@@ -32,10 +32,11 @@ from codjax import replay, waits
 # step → payload, and the version of its newest sample; None if it has no samples
 Sample = Callable[[int], Awaitable[tuple[Any, int | None]]]
 Load = Callable[[Any, int], Awaitable[None]]  # weights, version
-# Step → version of the items that wait here → those that wait in all processes of the run.
-Agree = Callable[[Mapping[int, int]], Mapping[int, int]]
+# Step → version of the items that wait here → those that wait in all processes of the run, or None
+# if the run is to stop.
+Agree = Callable[[Mapping[int, int]], Mapping[int, int] | None]
 
-_AGREE_S = 0.05  # between two questions to the other processes
+_AGREE_S = 0.25  # between two questions to the other processes, and whether to stop
 _CLOSE_S = 30.0  # for rollouts to end that were told to
 
 
@@ -129,7 +130,7 @@ class Pipeline:
             rules: of the items that wait.
             stalls: asked on a stall.
             position: of a checkpoint, if the run goes on.
-            agree: called by `take`, on all processes of the run as often.
+            agree: called by `take` again and again while it waits, on all processes as often.
             around: entered on the loop before anything else, and left there at the end.
         """
         position = position or Position()
@@ -183,7 +184,7 @@ class Pipeline:
             update: from 1.
 
         Returns:
-            None after the last update of the run.
+            None after the last update of the run, and as soon as `agree` returns None.
 
         Raises:
             StalledError: none came within the deadline.
@@ -195,11 +196,11 @@ class Pipeline:
         if self._num_trained >= self._settings.num_steps:
             return None
         while self._training is None:
-            common = self._agree(self._waiting(wait, begin))
+            common = self._common(wait, begin)
+            if common is None:
+                return None
             with self._changed:
                 self._training, too_old = self._replay.draw(update, common)
-                if not common:  # other processes have other steps ready
-                    self._sleep(wait, since=begin, longest_s=_AGREE_S)
             dropped += too_old
             self._loop.call_soon_threadsafe(self._wake.set)
         waited_s = time.monotonic() - begin
@@ -249,13 +250,19 @@ class Pipeline:
                 self._loop.call_soon_threadsafe(self._main.cancel)
             self._thread.join(_CLOSE_S)
 
-    def _waiting(self, wait: waits.Wait, begin: float) -> dict[int, int]:
-        """Step → version of what waits, once there is something."""
-        with self._changed:
-            self._check()
-            while not self._replay.items:
-                self._sleep(wait, since=begin)
-            return {item.step: item.version for item in self._replay.items}
+    def _common(self, wait: waits.Wait, begin: float) -> Mapping[int, int] | None:
+        """Step → version of what waits in all processes, once there is something; None to stop."""
+        has_asked = False
+        while True:
+            with self._changed:
+                self._check()
+                if has_asked or not self._replay.items:
+                    self._sleep(wait, since=begin, longest_s=_AGREE_S)
+                mine = {item.step: item.version for item in self._replay.items}
+            common = self._agree(mine)
+            if common is None or common:
+                return common
+            has_asked = True
 
     def _sleep(
         self, wait: waits.Wait, *, since: float, longest_s: float = threading.TIMEOUT_MAX

@@ -2,25 +2,26 @@
 
     tasks ─packs→ Pack ─rollout→ Trajectory ─credit→ scores ─batching→ TokenBatch ─update→ weights
       ↑                                                                                      │
-      └──────────────── next step ←── sampler.load_weights(version + 1) ←────────────────────┘
+      └────────── a later step ←── serving.load(version + 1) ←── serving.stage ←─────────────┘
 
-Read `main`, then `_Rollouts` and `_train_on`. A run is a function of its config: every random
-number is derived from the seed by name and step, so that a run that was killed and started again
-writes what it would have written.
+Read `main`, then `_loop` and `_train_on`; what is above the learner happens in the thread of
+`rollouts.open_pipeline`, as far ahead as `rollout.max_staleness` allows. Every random number is
+derived from the seed by name and step. Where the sampler draws from it too (the engine) and the
+clock has no say (no in-flight updates), a run is a function of its config, and one that was killed
+and started again writes what it would have written.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import json
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -37,21 +38,20 @@ from codjax import (
     memory,
     metrics,
     models,
-    packs,
+    pipeline,
     progress,
+    replay,
+    rollouts,
     scoring,
-    seeds,
-    serialization,
+    serving,
     types,
     validation,
+    waits,
     warmup,
     workdirs,
 )
 from codjax import chat as chats
-from codjax.rollout import engine, runner
-from codjax.rollout import episode as episodes
-
-Groups = list[list[types.Trajectory]]
+from codjax.rollout import settings as rollout_settings
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def main(config: ConfigDict, workdir: str) -> None:
     distributed.on_main(lambda: workdirs.prepare(folder))
     distributed.on_main(lambda: workdirs.check_resumes(folder, config))
     distributed.check_shared(folder)
-    run = distributed.on_all(lambda: _Run.of(config))
+    run = distributed.on_all(lambda: _Run.of(config, folder))
+    asyncio.run(serving.check(config, run.model))
     if distributed.is_main():
         workdirs.write_config(folder, config)
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
@@ -98,18 +99,18 @@ class _Run:
     model: models.Decoder  # without weights
     mesh: jax.sharding.Mesh
     learner: learner.Learner
-    sampler: engine.Engine
+    serving: serving.Serving
     rules: scoring.Rules
-    settings: episodes.RolloutSettings
 
     @classmethod
-    def of(cls, config: ConfigDict) -> _Run:
+    def of(cls, config: ConfigDict, folder: pathlib.Path) -> _Run:
         """The parts that the config describes."""
         chat = chats.load_chat(config.tokenizer.source)
         model = build.make_model(config, chat)
         mesh = build.make_mesh(config, model)
         made = build.policy_learner(config, model, mesh)
-        memory.check_sampler(config, model, made, mesh)
+        if config.rollout.sampler == "engine":
+            memory.check_sampler(config, model, made, mesh)
         return cls(
             config=config,
             chat=chat,
@@ -117,56 +118,21 @@ class _Run:
             model=model,
             mesh=mesh,
             learner=made,
-            sampler=build.make_engine(config, model, distributed.sampling_mesh(mesh)),
+            serving=serving.make(config, model, mesh, folder=folder),
             rules=scoring.make_rules(config.credit),
-            settings=episodes.settings_from(
-                config.rollout, keep_env_memory=config.packs.keep_env_memory
-            ),
         )
 
-
-class _Rollouts:
-    """The rollouts of a run, one step after the other; owns a thread when they run ahead.
-
-    Every process samples its share of the packs, and then all hold the trajectories of all: credit,
-    RED and rows are of the whole step, whatever the number of processes.
-
-    With `rollout.steps_ahead` 0, `take` samples with the weights loaded last. With 1, the rollout
-    of the next step is begun before the learner updates on this one and samples meanwhile, with
-    weights one version older than those it will be trained with.
-    """
-
-    def __init__(self, run: _Run, *, waiting: Groups | None):
-        self._run, self._waiting = run, waiting
-        self._ahead: concurrent.futures.Future[Groups] | None = None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="rollout")
-
-    def take(self, step: int) -> Groups:
-        """The trajectories of the step, sampled now unless they were begun before."""
-        waiting = self.waiting()
-        self._waiting = None
-        return _of_all(sample_step(self._run, step)) if waiting is None else waiting
-
-    def begin(self, step: int) -> None:
-        """Start sampling the trajectories of the step in the background."""
-        self._ahead = self._thread.submit(sample_step, self._run, step)
-
-    def waiting(self) -> Groups | None:
-        """Trajectories sampled ahead, once they are complete; they belong in a checkpoint."""
-        if self._ahead is not None:
-            self._waiting, self._ahead = _of_all(self._ahead.result()), None
-        return self._waiting
-
-    def close(self) -> None:
-        """End the thread: alone, after what is being sampled.
-
-        Only a run that fails is still sampling here. One of several processes must not wait then:
-        the others wait for it, and `distributed.leave` ends the thread too.
-        """
-        is_alone = distributed.num_processes() == 1
-        if is_alone and self._ahead is not None and not self._ahead.done():
-            _logger.info("Waiting for the rollout that is being sampled.")
-        self._thread.shutdown(wait=is_alone, cancel_futures=True)
+    def source(self) -> rollouts.Source:
+        """What samples its rollout steps."""
+        return rollouts.Source(
+            config=self.config,
+            chat=self.chat,
+            tasksets=self.tasksets,
+            settings=rollout_settings.settings_from(
+                self.config.rollout, keep_env_memory=self.config.packs.keep_env_memory
+            ),
+            serving=self.serving,
+        )
 
 
 def _begin(
@@ -179,7 +145,7 @@ def _begin(
         _logger.info("Resuming %s from step %d.", folder, latest)
         return store.restore(latest, run.learner.abstract_state())
     state = run.learner.init_state(_warm_up(run, folder))
-    loop = {"step": 0, "waiting": None}
+    loop = {"step": 0, **rollouts.position_to_json(pipeline.Position())}
     store.save(0, state, loop)
     return state, loop
 
@@ -220,114 +186,104 @@ def _loop(
     """Steps from the loop's position to the end."""
     config, start = run.config, loop["step"]
     reference = _reference(run, store)
-    waiting = loop["waiting"] and [
-        [serialization.trajectory_from_json(t) for t in group] for group in loop["waiting"]
-    ]
-    rollouts = _Rollouts(run, waiting=waiting)
     trajectories = metrics.TrajectoryWriter(
         folder,
         seed=config.seed,
         packs_per_step=config.metrics.packs_per_step,
         decode=run.chat.show,
     )
-    is_main = distributed.is_main()
-    run.sampler.load_weights(
-        distributed.local_weights(state.params), policy_version=int(state.step)
-    )
-    try:
-        with (
-            metrics.MetricsWriter(
-                folder, start + 1, config.metrics.tensorboard, writes=is_main
-            ) as writer,
-            progress.Progress("train", total=config.num_steps, start=start) as bar,
-            distributed.StopRequest() as stop,
-        ):
-            for step in range(start, config.num_steps):
-                clock = _Clock()
-                version = int(state.step)  # lags behind `step` by the steps without training
-                groups = rollouts.take(step)
-                clock.lap("rollout_s")
-                if config.rollout.steps_ahead:  # at the last step too: the run may be extended
-                    weights = distributed.local_weights(state.params)
-                    run.sampler.load_weights(weights, policy_version=version)
-                    rollouts.begin(step + 1)
-                state, scored, numbers = _train_on(run, state, groups, reference, clock)
-                if is_main and not numbers["batching/trained_tokens"]:
-                    _logger.warning(
-                        "Step %d has nothing to train on: no run was kept, or none was sampled.",
-                        step + 1,
-                    )
-                if not config.rollout.steps_ahead:
-                    weights = distributed.local_weights(state.params)
-                    run.sampler.load_weights(weights, policy_version=int(state.step))
-                numbers |= metrics.rollout_metrics(groups, policy_version=version)
-                numbers["rollout/dropped_tasks"] = draw_packs(config, run.tasksets, step)[1]
-                numbers |= clock.metrics(numbers)
-                writer.write(step + 1, numbers)
-                if is_main and (step + 1) % config.metrics.packs_every_steps == 0:
-                    trajectories.write(step + 1, groups, scored)
-                bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
-                is_last, is_stopping = step + 1 == config.num_steps, stop.is_asked()
-                if (step + 1) % config.checkpoint.every_steps == 0 or is_last or is_stopping:
-                    ahead = serialization.to_json(rollouts.waiting())
-                    store.save(step + 1, state, {"step": step + 1, "waiting": ahead})
-                if is_stopping and not is_last:
-                    raise checks.StoppedError(
-                        f"stopped after step {step + 1}, as asked, with a checkpoint; the same "
-                        "command goes on from there"
-                    )
-    finally:
-        rollouts.close()
+    is_main, version = distributed.is_main(), int(state.step)
+    with (
+        metrics.MetricsWriter(
+            folder, start + 1, config.metrics.tensorboard, writes=is_main
+        ) as writer,
+        progress.Progress("train", total=config.num_steps, start=start) as bar,
+        distributed.StopRequest() as stop,
+        rollouts.open_pipeline(
+            run.source(),
+            stop=stop,
+            stalls=waits.Waits(folder),
+            position=rollouts.position_from_json(start, loop),
+        ) as ahead,
+    ):
+        saved = start
+
+        def save(step: int) -> None:
+            nonlocal saved
+            if step > saved:
+                position = rollouts.position_to_json(ahead.position())
+                store.save(step, state, {"step": step, **position})
+                saved = step
+
+        ahead.offer(run.serving.stage(state.params, version=version), version=version)
+        for step in range(start, config.num_steps):
+            clock = _Clock()
+            drawn = ahead.take(version + 1)
+            if drawn is None:  # told to stop
+                _stop(save, step)
+            clock.lap("wait_rollout_s")
+            groups = rollouts.of_all(drawn.item.payload)
+            clock.lap("exchange_s")
+            oldest = replay.oldest_version(version + 1, max_staleness=config.rollout.max_staleness)
+            state, scored, numbers = _train_on(run, state, groups, reference, clock, oldest=oldest)
+            if is_main and not numbers["batching/trained_tokens"]:
+                _logger.warning(
+                    "Step %d has nothing to train on: no run was kept, or none was sampled.",
+                    step + 1,
+                )
+            numbers |= metrics.rollout_metrics(groups, policy_version=version)
+            version = int(state.step)  # lags behind `step` by the steps without training
+            clock.lap("metrics_s")
+            if ahead.is_due(version):
+                ahead.offer(run.serving.stage(state.params, version=version), version=version)
+            clock.lap("stage_s")
+            ahead.consumed(drawn)
+            numbers |= _rollout_numbers(run, drawn)
+            numbers |= clock.metrics(numbers)
+            writer.write(step + 1, numbers)
+            if is_main and (step + 1) % config.metrics.packs_every_steps == 0:
+                trajectories.write(step + 1, groups, scored)
+            bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
+            is_last = step + 1 == config.num_steps
+            if (step + 1) % config.checkpoint.every_steps == 0 or is_last:
+                save(step + 1)
+            if not is_last and stop.is_asked():
+                _stop(save, step + 1)
 
 
-def draw_packs(
-    config: ConfigDict, tasksets: Mapping[str, build.TaskSet], step: int
-) -> tuple[list[types.Pack], int]:
-    """The packs of a rollout step, and how many of its tasks are in none of them."""
-    drawn = packs.step_tasks(
-        {name: taskset.records for name, taskset in tasksets.items()},
-        step=step,
-        tasks_per_step=config.rollout.tasks_per_step,
-        seed=config.seed,
+def _stop(save: Callable[[int], None], step: int) -> NoReturn:
+    """Ends a run that was asked to, with a checkpoint."""
+    save(step)
+    raise checks.StoppedError(
+        f"stopped after step {step}, as asked, with a checkpoint; the same command goes on from "
+        "there"
     )
-    # The id in the config, not in `rollout.tasksets`: no pack of a test set gets a training seed.
-    tasks = [
-        dataclasses.replace(task, taskset_id=tasksets[task.taskset].taskset_id)
-        for task in drawn.tasks
-    ]
-    rules = {
-        "size": config.packs.size,
-        "mode": config.packs.mode,
-        "pad_to_full": config.packs.pad_to_full,
+
+
+def _rollout_numbers(run: _Run, drawn: pipeline.Drawn) -> dict[str, float]:
+    """Which rollout step was trained on, what was dropped, and how long the rollouts waited."""
+    dropped_tasks = rollouts.draw_packs(run.config, run.tasksets, drawn.item.step)[1]
+    numbers = {
+        "rollout/step": drawn.item.step,
+        "rollout/dropped_tasks": dropped_tasks,
+        "staleness/dropped_steps": len(drawn.too_old),
     }
-    made = packs.make_packs(tasks, **rules, epoch=drawn.epochs)
-    return made, packs.num_dropped(tasks, **rules)
+    seconds = {f"time/{name}_s": drawn.seconds.get(name, 0.0) for name in _OF_ROLLOUTS}
+    return numbers | seconds | run.serving.metrics()
 
 
-def sample_step(run: _Run, step: int) -> Groups:
-    """This process's trajectories of a step, group by group.
-
-    With all processes', a function of the step and the weights.
-    """
-    config = run.config
-    step_packs, _ = draw_packs(config, run.tasksets, step)
-    return asyncio.run(
-        runner.run_packs(
-            distributed.share(step_packs),
-            group_size=config.rollout.group_size,
-            tasksets={name: taskset.rules() for name, taskset in run.tasksets.items()},
-            sampler=run.sampler,
-            chat=run.chat,
-            settings=run.settings,
-            seed=seeds.derive_seed(config.seed, "rollout", step),
-        )
-    )
+_OF_ROLLOUTS = ("rollout", "wait_learner", "load")  # of `pipeline.Drawn.seconds`
 
 
 def training_sequences(
-    scored: Sequence[Sequence[scoring.ScoredTrajectory]],
+    scored: Sequence[Sequence[scoring.ScoredTrajectory]], *, oldest: int = 0
 ) -> list[types.Sequence]:
-    """One sequence per model call: its prompt, and its response with the episode's score."""
+    """One sequence per model call: its prompt, and its response with the episode's score.
+
+    Args:
+        scored: trajectories with the scores of their episodes.
+        oldest: version of the weights; calls with a token by older ones are left out (§11.1).
+    """
     return [
         types.Sequence(
             tokens=np.concatenate([turn.prompt_tokens, turn.response_tokens]),
@@ -344,14 +300,25 @@ def training_sequences(
         for one in group
         for episode, score in zip(one.trajectory.episodes, one.scores, strict=True)
         for turn in episode.turns
+        if turn.policy_version >= oldest
     ]
+
+
+def num_samples(scored: Sequence[Sequence[scoring.ScoredTrajectory]]) -> int:
+    """Model calls of the trajectories."""
+    return sum(
+        len(episode.turns)
+        for group in scored
+        for one in group
+        for episode in one.trajectory.episodes
+    )
 
 
 def dry_run(config: ConfigDict) -> str:
     """The resolved config, and how much work follows from it; touches no device."""
     validation.validate(config)
     tasksets = build.load_tasksets(config, config.rollout.tasksets)
-    step_packs, num_dropped = draw_packs(config, tasksets, 0)
+    step_packs, num_dropped = rollouts.draw_packs(config, tasksets, 0)
     group, cap = config.rollout.group_size, config.rollout.max_response_tokens
     runs = len(step_packs) * group
     solves, updates = runs * config.packs.size, runs * (config.packs.size - 1)
@@ -383,14 +350,17 @@ def dry_run(config: ConfigDict) -> str:
 def _train_on(
     run: _Run,
     state: learner.TrainState,
-    groups: Groups,
+    groups: rollouts.Groups,
     reference: learner.Params | None,
     clock: _Clock,
+    *,
+    oldest: int,
 ) -> tuple[learner.TrainState, list[list[scoring.ScoredTrajectory]], dict[str, float]]:
     """Credit, batch, update. A step without anything to train on leaves the state as it is."""
     config = run.config
     scored, numbers = scoring.score_trajectories(groups, run.rules)
-    sequences = training_sequences(scored)
+    sequences = training_sequences(scored, oldest=oldest)
+    numbers["staleness/dropped_samples"] = num_samples(scored) - len(sequences)
     if not sequences:
         return state, scored, numbers | {"batching/trained_tokens": 0}
     weights, normaliser = losses.aggregation_weights(
@@ -421,11 +391,6 @@ def _reference(run: _Run, store: checkpoints.Checkpoints) -> learner.Params | No
         return None
     store.wait()
     return store.restore_params(0, build.abstract_params(run.model, run.mesh))
-
-
-def _of_all(groups: Groups) -> Groups:
-    """The groups of all processes, in the order of the step's packs."""
-    return distributed.merge(distributed.gather(groups))
 
 
 class _Clock:

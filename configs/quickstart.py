@@ -44,7 +44,7 @@ def get_config():
     config.rollout.max_prompt_tokens = 32
     config.rollout.include_final_observation = True  # what the second press did
     config.rollout.length_penalty.coef = 0.0  # a task has two presses; there is nothing to save
-    config.rollout.steps_ahead = 0
+    config.rollout.max_staleness = 0
 
     config.engine.num_slots = 128  # all runs of a step
     config.engine.max_tokens = 48

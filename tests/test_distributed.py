@@ -156,10 +156,10 @@ def test_two_processes_stop_as_one_and_one_process_goes_on(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_four_processes_from_the_first_step_to_the_last(tmp_path, steps_ahead):
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_four_processes_from_the_first_step_to_the_last(tmp_path, max_staleness):
     """With two packs a step, two of them have nothing to sample; fsdp goes across processes."""
-    changes = {"rollout.steps_ahead": steps_ahead, "mesh.fsdp": 4, "num_steps": 3}
+    changes = {"rollout.max_staleness": max_staleness, "mesh.fsdp": 4, "num_steps": 3}
     # At its learning rate, 200 steps of warm-up alone would make 1e-5 of the last bits.
     changes["warmup.num_steps"] = 50
     train.main(tiny(**changes), str(tmp_path / "one"))

@@ -49,6 +49,8 @@ FLOORS = {
     "codjax.plots": 3,
     "codjax.build": 4,
     "codjax.memory": 4,
+    "codjax.rollouts": 4,
+    "codjax.serving": 4,
     "codjax.warmup": 4,
     "codjax.evaluate": 4,
     "codjax.train": 4,

@@ -31,9 +31,9 @@ def test_the_sampler_holds_a_copy_and_a_cache():
 
 
 def test_a_sampler_without_room_is_refused_before_it_is_filled():
-    memory.require_room(STATE, SAMPLER, steps_ahead=0, limit=17 * GIB)
+    memory.require_room(STATE, SAMPLER, max_staleness=0, limit=17 * GIB)
     with pytest.raises(ConfigError) as error:
-        memory.require_room(STATE, SAMPLER, steps_ahead=1, limit=17 * GIB)
+        memory.require_room(STATE, SAMPLER, max_staleness=1, limit=17 * GIB)
     assert str(error.value) == (
         "sampling in this process must fit beside the learner: each device would hold 4.00 GiB of "
         "the sampler's weights, its cache of 1.00 GiB (engine.num_slots x engine.max_tokens) and "

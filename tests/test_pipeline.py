@@ -162,7 +162,6 @@ def test_processes_take_the_step_that_waits_in_all_of_them(tmp_path):
     elsewhere = [{}, {0: 0}, {0: 0, 2: 0}]
 
     def agree(mine):
-        assert mine
         theirs = elsewhere.pop(0)
         return {step: version for step, version in mine.items() if step in theirs}
 
@@ -172,6 +171,17 @@ def test_processes_take_the_step_that_waits_in_all_of_them(tmp_path):
         wait_until(lambda: len(made.position().items) == 2)  # 1 and 2
         assert made.take(1).item.step == 2
     assert not elsewhere
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_the_step_under_way(tmp_path):
+    world = World(tmp_path)
+    world.gates = {0: threading.Event()}
+    with world.open(agree=lambda mine: None) as made:
+        made.offer("weights 0", version=0)
+        wait_until(lambda: len(world.log) == 2)
+        assert made.take(1) is None
+        world.gates[0].set()
+        assert [item.step for item in made.position().items] == [0]
 
 
 def test_the_seconds_of_a_step_are_told(tmp_path):

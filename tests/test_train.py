@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished_one_ahead(tmp_path_factory):
     """The same with rollouts one step ahead."""
-    return whole_run(tmp_path_factory, **{"rollout.steps_ahead": 1})
+    return whole_run(tmp_path_factory, **{"rollout.max_staleness": 1})
 
 
 @pytest.fixture(params=["finished", "finished_one_ahead"])
@@ -111,8 +111,8 @@ def test_the_first_samples_are_from_the_policy_being_trained(uninterrupted):
     assert found[0]["loss/log_ratio_abs_max"] < 1e-4
     assert found[0]["loss/ratio_mean"] == pytest.approx(1, abs=1e-5)
     ages = [row["staleness/max"] for row in found]
-    assert ages == [0.0] + [float(config.rollout.steps_ahead)] * (NUM_STEPS - 1)
-    if not config.rollout.steps_ahead:
+    assert ages == [0.0] + [float(config.rollout.max_staleness)] * (NUM_STEPS - 1)
+    if not config.rollout.max_staleness:
         assert max(row["loss/log_ratio_abs_max"] for row in found) < 1e-4
 
 
@@ -201,7 +201,7 @@ def test_going_on_from_a_checkpoint_writes_the_same_lines(uninterrupted, tmp_pat
 def test_a_run_that_is_extended_was_never_shorter(uninterrupted, tmp_path):
     config, workdir = uninterrupted
     for num_steps in (2, 2, NUM_STEPS):  # the second start finds nothing left to do
-        changes = {"rollout.steps_ahead": config.rollout.steps_ahead, "num_steps": num_steps}
+        changes = {"rollout.max_staleness": config.rollout.max_staleness, "num_steps": num_steps}
         train.main(tiny(**changes), str(tmp_path))
         assert lines_without_times(tmp_path) == lines_without_times(workdir)[:num_steps]
 

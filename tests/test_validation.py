@@ -103,7 +103,7 @@ WRONG = [
     ({"rollout.max_response_tokens": 0}, r"rollout\.max_response_tokens must be at least 1: "),
     ({"rollout.response_length_request": 4000}, r"from 1 to rollout\.max_response_tokens = 2000"),
     ({"rollout.prompt_style": "short"}, r"rollout\.prompt_style must be one of full, compact; "),
-    ({"rollout.steps_ahead": 2}, r"rollout\.steps_ahead must be one of 0, 1; got 2\."),
+    ({"rollout.max_staleness": -1}, r"rollout\.max_staleness must be at least 0: .*; got -1\."),
     ({"rollout.length_penalty.coef": -0.1}, r"length_penalty\.coef must be at least 0: "),
     ({"rollout.length_penalty.full_tokens": 5}, r"full_tokens must be above zero_tokens = 1000000"),
     ({"rollout.update_penalty.zero_tokens": 5}, r"be both set or both unset: .*got \(5, None\)\."),

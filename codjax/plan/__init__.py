@@ -143,7 +143,7 @@ def _sampler(
     """What sampling in process would take on a device, beside the learner."""
     processes = len({device.process_index for device in mesh.devices.flat})
     found = memory.sampler_bytes(config, model, mesh, num_processes=processes)
-    if config.rollout.steps_ahead:
+    if config.rollout.max_staleness:
         beside = max((total for total in totals if total is not None), default=None)
     else:
         beside = sum(state.values()) - state["gradients"]

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from codjax import checks
 from codjax import config as config_lib
-from codjax.validation import learner_side, rollout_side, tasks
+from codjax.validation import learner_side, rollout_side, server_side, tasks
 from codjax.validation.names import NAMES
 
 # What callers catch.
@@ -55,7 +55,9 @@ def validate(config: ConfigDict) -> None:
         checks.choice("kernels.implementation", name, tuple(IMPLEMENTATIONS))
     rollout_side.check_packs(config.packs)
     rollout_side.check_rollout(config)
+    server_side.check_asynchrony(config.rollout)
     rollout_side.check_engine(config.engine, config.rollout)
+    server_side.check_server(config)
     learner_side.check_credit(config.credit)
     learner_side.check_loss(config.loss, config.credit)
     learner_side.check_optimizer(config.optimizer, "optimizer", config.num_steps)

@@ -51,6 +51,8 @@ class ServerSettings:
 
     Attributes:
         urls: of the replicas, such as "http://10.0.0.2:30000", without a path.
+        router: of an sglang-router before them, through which answers are asked for; None: they
+            are asked for directly.
         api_key: sent as bearer token where the servers ask for one (--api-key).
         admin_api_key: the same for weights, pauses and aborts (--admin-api-key).
         connect_timeout_s: until a connection stands.
@@ -72,6 +74,7 @@ class ServerSettings:
     """
 
     urls: tuple[str, ...]
+    router: str | None = None
     api_key: str | None = dataclasses.field(default=None, repr=False)
     admin_api_key: str | None = dataclasses.field(default=None, repr=False)
     connect_timeout_s: float = 10.0
@@ -326,7 +329,10 @@ class ServerClient:
         if response.status in (408, 429) or "Duplicate request ID" in text:
             raise BusyError(message)
         if response.status in (401, 403):
-            message += " (the key in server.api_key or server.admin_api_key is not the server's)"
+            message += (
+                " (is the key right to which server.api_key_variable, or for weights and pauses "
+                "server.admin_api_key_variable, points?)"
+            )
         raise RefusedError(message, status=response.status, text=text)
 
     def _headers(self, route: str) -> dict[str, str]:
