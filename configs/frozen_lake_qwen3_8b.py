@@ -42,7 +42,7 @@ def get_config():
     )
     config.rollout.tasksets = ("lake",)
     config.rollout.response_length_request = 1000
-    config.rollout.steps_ahead = 1
+    config.rollout.max_staleness = 1
 
     config.batching.row_length = 16384  # one sample is at most 12,000
     config.batching.scored_per_row = 4096  # of 12,000 tokens, at most 2,000 were sampled

@@ -28,6 +28,7 @@ TESTS = pathlib.Path(__file__).parent
 TINY = TESTS / "tiny.py"
 DOCUMENTED = TESTS.parent / "docs" / "metrics.md"
 NUM_STEPS = 5
+BEGIN = {"step": 0, "next_step": 0, "unfinished": [], "items": []}  # of a loop
 
 
 def tiny(**changes):
@@ -99,7 +100,7 @@ def test_every_step_writes_a_line_of_documented_numbers(uninterrupted):
 def test_the_doc_promises_nothing_that_a_run_does_not_write(finished):
     _, workdir = finished
     keys = {key for row in rows(workdir) for key in row}
-    conditional = ("TASKSET", "kl_policy_to_ref", "reweight_temperature")
+    conditional = ("TASKSET", "kl_policy_to_ref", "reweight_temperature", "sampler")
     missing = [p for p in documented_patterns() if not any(re.fullmatch(p, key) for key in keys)]
     optional = [re.escape(name) for name in conditional] + [r"/\[\^/\]\+/"]
     assert [p for p in missing if not any(re.search(name, p) for name in optional)] == []
@@ -338,7 +339,7 @@ class BrokenTaskset:
 
 def test_a_step_in_which_every_run_fails_trains_nothing_and_says_so(tmp_path, caplog):
     config = tiny(num_steps=2, **{"warmup.num_steps": 0})
-    run = train._Run.of(config)
+    run = train._Run.of(config, tmp_path)
     broken = BrokenTaskset(records=run.tasksets["lake"].records)
     run = dataclasses.replace(run, tasksets={"lake": broken})
     store = checkpoints.Checkpoints(tmp_path, keep=3)
@@ -346,7 +347,7 @@ def test_a_step_in_which_every_run_fails_trains_nothing_and_says_so(tmp_path, ca
     try:
         state = first_state(run)
         before = jax.device_get(state)
-        train._loop(run, store, tmp_path, state, {"step": 0, "waiting": None})
+        train._loop(run, store, tmp_path, state, BEGIN)
         after, loop = store.restore(2, run.learner.abstract_state())
     finally:
         store.close()
@@ -359,7 +360,7 @@ def test_a_step_in_which_every_run_fails_trains_nothing_and_says_so(tmp_path, ca
         assert row["batching/trained_tokens"] == row["time/tokens_per_s"] == 0
         assert undocumented(row) == set()
         assert not [key for key in row if key.startswith(("reward/", "loss/", "optimizer/"))]
-    assert loop == {"step": 2, "waiting": None}
+    assert loop == {"step": 2, "next_step": 2, "unfinished": [], "items": []}
     for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
@@ -367,7 +368,7 @@ def test_a_step_in_which_every_run_fails_trains_nothing_and_says_so(tmp_path, ca
 def test_one_failed_run_leaves_the_others_to_train_on(tmp_path):
     """The third task that is begun fails; what is left of its group is still a group."""
     config = tiny(num_steps=1, **{"warmup.num_steps": 0})
-    run = train._Run.of(config)
+    run = train._Run.of(config, tmp_path)
     taskset = run.tasksets["lake"]
     made = []
 
@@ -393,7 +394,7 @@ def test_one_failed_run_leaves_the_others_to_train_on(tmp_path):
     run = dataclasses.replace(run, tasksets={"lake": Flaky()})
     store = checkpoints.Checkpoints(tmp_path, keep=3)
     try:
-        train._loop(run, store, tmp_path, first_state(run), {"step": 0, "waiting": None})
+        train._loop(run, store, tmp_path, first_state(run), BEGIN)
     finally:
         store.close()
     (row,) = rows(tmp_path)

@@ -262,6 +262,7 @@ def test_every_listed_name_passes_alone():
         "constant": {"loss.aggregation_constant": 10.0},
         "squared_log_ratio": {"loss.regulariser_coef": 0.1},
         "forward_kl": {"loss.regulariser_coef": 0.1},
+        "sglang": {"server.urls": ("http://127.0.0.1:30000",)},
     }
     for key, names in validation.NAMES.items():
         for name in names:
