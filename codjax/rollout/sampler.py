@@ -7,6 +7,7 @@ it: the in-process engine (`codjax.rollout.engine`) and, on GPUs, an SGLang serv
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,5 +88,29 @@ class Sampler(Protocol):
         ...
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
-        """Answer from these weights from now on; cached keys and values are forgotten."""
+        """Answer from these weights from now on; cached keys and values are forgotten.
+
+        Answers under way keep the tokens that they have, and go on with these weights; then it
+        must be called in the event loop of their callers.
+        """
         ...
+
+
+def join_spans(
+    parts: Sequence[tuple[types.VersionSpan, ...]],
+) -> tuple[types.VersionSpan, ...]:
+    """Spans over the parts, one after the other; neighbours of one version become one span.
+
+    >>> span = types.VersionSpan
+    >>> join_spans([(span(3, 0, 2),), (span(3, 0, 4), span(4, 4, 5))])
+    (VersionSpan(version=3, start=0, end=6), VersionSpan(version=4, start=6, end=7))
+    """
+    joined: list[types.VersionSpan] = []
+    for part in parts:
+        offset = joined[-1].end if joined else 0
+        for span in part:
+            start, end = offset + span.start, offset + span.end
+            if joined and joined[-1].version == span.version:
+                start = joined.pop().start
+            joined.append(types.VersionSpan(span.version, start, end))
+    return tuple(joined)
