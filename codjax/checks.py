@@ -35,6 +35,10 @@ class StalledError(Exception):
     """Something that was awaited did not come in time; the message is one line."""
 
 
+class ServerError(Exception):
+    """A server does not do what the run needs of it; the message is one line."""
+
+
 class ConfigError(ValueError):
     """A config, or the command line that makes it, cannot work; the message is one line."""
 

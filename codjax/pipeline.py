@@ -2,7 +2,7 @@
 
     with Pipeline(settings, sample=…, load=…, rules=…, stalls=waits) as pipeline:
         pipeline.offer(weights, version=0)
-        while (drawn := pipeline.take(update=version + 1)) is not None:
+        while (drawn := pipeline.take(version + 1)) is not None:
             state = train_on(drawn.item.payload)                 # the learner's thread
             pipeline.offer(new_weights, version=version + 1)     # before `consumed`
             pipeline.consumed(drawn)
@@ -19,18 +19,24 @@ steps overlap, new weights are handed on at once, and a sampler changes them wit
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from codjax import replay, waits
 
-Sample = Callable[[int], Awaitable[tuple[Any, int]]]  # step → payload, oldest version in it
+# step → payload, and the version of its newest sample; None if it has no samples
+Sample = Callable[[int], Awaitable[tuple[Any, int | None]]]
 Load = Callable[[Any, int], Awaitable[None]]  # weights, version
+# Step → version of the items that wait here → those that wait in all processes of the run.
+Agree = Callable[[Mapping[int, int]], Mapping[int, int]]
+
+_AGREE_S = 0.05  # between two questions to the other processes
+_CLOSE_S = 30.0  # for rollouts to end that were told to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,9 @@ class Settings:
     """How far and how rollouts run ahead.
 
     Attributes:
-        num_steps: rollout steps of the whole run.
+        num_steps: updates of the whole run; rollouts that no update would train on are not begun.
         max_staleness: most updates between the weights that sampled a token and those that it is
-            trained into; at least `sync_every - 1`, and what is above that is how many steps
-            may be under way when another begins.
+            trained into; at least `sync_every - 1`.
         in_flight_updates: whether new weights reach rollouts that are under way.
         max_concurrent: steps sampled at once, with `in_flight_updates`.
         sync_every: updates between two hand-overs of weights.
@@ -57,17 +62,24 @@ class Settings:
     deadline_s: float
     deadline_key: str
 
+    @property
+    def most_under_way(self) -> int:
+        """Steps that may be sampled, wait or be trained on when another begins."""
+        return self.max_staleness - (self.sync_every - 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Position:
     """Where the rollouts of a run are: what a checkpoint keeps of them.
 
     Attributes:
-        next_step: the first step that was never begun.
+        num_trained: updates so far.
+        next_step: the first rollout step that was never begun.
         unfinished: those before it that were begun, and must be again; rising.
         items: those that wait to be trained on.
     """
 
+    num_trained: int = 0
     next_step: int = 0
     unfinished: tuple[int, ...] = ()
     items: tuple[replay.Item, ...] = ()
@@ -78,14 +90,16 @@ class Drawn:
     """What an update trains on.
 
     Attributes:
-        item: the rollout step; None if all that waited was too old.
-        too_old: steps that were dropped for good.
-        waited_s: seconds that the learner waited for it.
+        item: the rollout step.
+        too_old: steps that were dropped for good before it.
+        seconds: "rollout" (from the beginning of the step to its end; absent after a restart),
+            "wait_rollout" (the learner waited for it), "wait_learner" (nothing was being sampled
+            since the last one was taken) and "load" (handing weights on, since then).
     """
 
-    item: replay.Item | None
+    item: replay.Item
     too_old: tuple[replay.Item, ...]
-    waited_s: float
+    seconds: Mapping[str, float]
 
 
 class Pipeline:
@@ -103,6 +117,8 @@ class Pipeline:
         rules: replay.Rules,
         stalls: waits.Waits,
         position: Position | None = None,
+        agree: Agree = dict,
+        around: contextlib.AbstractAsyncContextManager[Any] | None = None,
     ) -> None:
         """Nothing is sampled before the first weights are offered.
 
@@ -113,23 +129,30 @@ class Pipeline:
             rules: of the items that wait.
             stalls: asked on a stall.
             position: of a checkpoint, if the run goes on.
+            agree: called by `take`, on all processes of the run as often.
+            around: entered on the loop before anything else, and left there at the end.
         """
         position = position or Position()
         self._settings, self._sample, self._load, self._waits = settings, sample, load, stalls
+        self._rules, self._agree = rules, agree
         self._changed = threading.Condition()  # guards what follows
         self._replay = replay.Replay(rules, position.items)
+        self._num_trained = position.num_trained
         self._next, self._again = position.next_step, list(position.unfinished)
-        self._running: dict[int, asyncio.Task[tuple[Any, int]]] = {}
-        self._is_training = False
+        self._running: dict[int, asyncio.Task[tuple[Any, int | None]]] = {}
+        self._training: replay.Item | None = None
         self._offered: tuple[Any, int] | None = None
+        self._loading: asyncio.Task[None] | None = None
         self._loaded: int | None = None
         self._error: BaseException | None = None
-        self._loop = asyncio.new_event_loop()
-        self._wake = asyncio.Event()
+        self._times = _Times()
+        self._around = around or contextlib.nullcontext()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop, self._wake = self._runner.get_loop(), asyncio.Event()
+        self._main = self._loop.create_task(self._run(), name="the rollouts")
         stalls.watch("the rollouts", self._loop)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="rollouts", daemon=True)
         self._thread.start()
-        self._main = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +171,11 @@ class Pipeline:
             self._offered = (weights, version)
         self._loop.call_soon_threadsafe(self._wake.set)
 
+    def is_due(self, version: int) -> bool:
+        """Whether weights of this version would be handed on, once offered."""
+        with self._changed:
+            return self._is_due(version)
+
     def take(self, update: int) -> Drawn | None:
         """What the update trains on, as soon as there is something.
 
@@ -155,35 +183,39 @@ class Pipeline:
             update: from 1.
 
         Returns:
-            None when no step of the run is left.
+            None after the last update of the run.
 
         Raises:
             StalledError: none came within the deadline.
             BaseException: what `sample` or `load` raised.
         """
         begin, wait = time.monotonic(), self._wait(f"a rollout step for update {update}")
-        with self._changed:
-            assert not self._is_training  # `consumed` comes first
-            while True:
-                item, too_old = self._replay.draw(update)
-                if item is not None or too_old:
-                    self._is_training = True
-                    break
-                if not self._running and not self._steps_left():
-                    return None
-                self._sleep(wait, since=begin)
-            waited = time.monotonic() - begin
+        dropped: list[replay.Item] = []
+        assert self._training is None  # `consumed` comes first
+        if self._num_trained >= self._settings.num_steps:
+            return None
+        while self._training is None:
+            common = self._agree(self._waiting(wait, begin))
+            with self._changed:
+                self._training, too_old = self._replay.draw(update, common)
+                if not common:  # other processes have other steps ready
+                    self._sleep(wait, since=begin, longest_s=_AGREE_S)
+            dropped += too_old
             self._loop.call_soon_threadsafe(self._wake.set)
+        waited_s = time.monotonic() - begin
+        with self._changed:
             while not self._settings.in_flight_updates and self._may_begin():
                 self._sleep(wait, since=begin)
-            return Drawn(item=item, too_old=tuple(too_old), waited_s=waited)
+            seconds = self._times.taken(self._training.step, is_idle=not self._running)
+        seconds["wait_rollout"] = waited_s
+        return Drawn(item=self._training, too_old=tuple(dropped), seconds=seconds)
 
     def consumed(self, drawn: Drawn) -> None:
         """What was taken is done with, and its weights were offered: other steps may start."""
         with self._changed:
-            self._is_training = False
-            if drawn.item is not None:
-                self._replay.put_back(drawn.item)
+            self._training = None
+            self._num_trained += 1
+            self._replay.put_back(drawn.item)
         self._loop.call_soon_threadsafe(self._wake.set)
 
     def position(self) -> Position:
@@ -199,23 +231,43 @@ class Pipeline:
         with self._changed:
             while self._running and not self._settings.in_flight_updates:
                 self._sleep(wait, since=begin)
-            unfinished = tuple(sorted([*self._again, *self._running]))
-            return Position(next_step=self._next, unfinished=unfinished, items=self._replay.items)
+            return Position(
+                num_trained=self._num_trained,
+                next_step=self._next,
+                unfinished=tuple(sorted([*self._again, *self._running])),
+                items=self._replay.items,
+            )
 
     def close(self) -> None:
-        """Cancel what is being sampled and end the thread."""
-        self._main.cancel()
-        concurrent.futures.wait([self._main], timeout=self._settings.deadline_s)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Cancel what is being sampled and end the thread.
 
-    def _sleep(self, wait: waits.Wait, *, since: float) -> None:
+        It is waited for as long as it takes to end servers in good order; code that hangs is left
+        to the end of the process.
+        """
+        if self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # the loop has just been closed
+                self._loop.call_soon_threadsafe(self._main.cancel)
+            self._thread.join(_CLOSE_S)
+
+    def _waiting(self, wait: waits.Wait, begin: float) -> dict[int, int]:
+        """Step → version of what waits, once there is something."""
+        with self._changed:
+            self._check()
+            while not self._replay.items:
+                self._sleep(wait, since=begin)
+            return {item.step: item.version for item in self._replay.items}
+
+    def _sleep(
+        self, wait: waits.Wait, *, since: float, longest_s: float = threading.TIMEOUT_MAX
+    ) -> None:
         """Until something has changed; with the lock held, which is let go meanwhile."""
-        if self._error is None:
-            is_in_time = self._changed.wait(max(since + wait.deadline_s - time.monotonic(), 0))
-            if not is_in_time:
-                raise self._waits.stalled(wait, since=since)
+        self._check()
+        left_s = max(since + wait.deadline_s - time.monotonic(), 0)
+        if not self._changed.wait(min(left_s, longest_s)) and left_s <= longest_s:
+            raise self._waits.stalled(wait, since=since)
+        self._check()
+
+    def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -225,43 +277,70 @@ class Pipeline:
             who="rollouts", what=what, deadline_s=settings.deadline_s, key=settings.deadline_key
         )
 
+    def _serve(self) -> None:
+        """The thread: the loop, until `_run` ends."""
+        with self._runner, contextlib.suppress(BaseException):  # `_run` keeps it for the learner
+            self._runner.run(_until(self._main))
+
     async def _run(self) -> None:
-        """Hands weights on, begins what may begin, takes in what is done; until cancelled."""
+        """The rollouts, until they are cancelled; an error is kept for the learner's thread."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                waking = tasks.create_task(self._wake.wait())
-                while True:
-                    if (due := self._due()) is not None:
-                        await self._load(*due)
-                        self._loaded = due[1]
-                    while self._begin(tasks):
-                        pass
-                    watched = {waking, *self._running.values()}
-                    await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                    if waking.done():
-                        self._wake.clear()
-                        waking = tasks.create_task(self._wake.wait())
-                    self._collect()
+            async with self._around:
+                await self._sample_all()
         except BaseException as error:
             with self._changed:
                 self._error = _first(error)
                 self._changed.notify_all()
             raise
 
+    async def _sample_all(self) -> None:
+        """Hands weights on, begins what may begin, takes in what is done."""
+        async with asyncio.TaskGroup() as tasks:
+            waking: asyncio.Task[Any] | None = None
+            while True:
+                if waking is None:
+                    self._wake.clear()
+                    waking = tasks.create_task(self._wake.wait())
+                if self._loading is None and (due := self._due()) is not None:
+                    self._loading = tasks.create_task(self._hand_on(*due), name="loading weights")
+                while self._begin(tasks):
+                    pass
+                loading = {self._loading} if self._loading else set()
+                watched = {waking, *loading, *self._running.values()}
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                waking = None if waking.done() else waking
+                if self._loading is not None and self._loading.done():
+                    self._loading = None
+                self._collect()
+
     def _due(self) -> tuple[Any, int] | None:
         """The newest weights and their version, if the sampler is to have them now."""
         with self._changed:
             if self._offered is None or (self._running and not self._settings.in_flight_updates):
                 return None
-            is_first, version = self._loaded is None, self._offered[1]
-            age = 0 if self._loaded is None else version - self._loaded
-            return self._offered if is_first or age >= self._settings.sync_every else None
+            return self._offered if self._is_due(self._offered[1]) else None
+
+    def _is_due(self, version: int) -> bool:
+        return self._loaded is None or version - self._loaded >= self._settings.sync_every
+
+    async def _hand_on(self, weights: Any, version: int) -> None:
+        begin = time.monotonic()
+        await self._load(weights, version)
+        with self._changed:
+            self._loaded = version
+            if self._offered is not None and self._offered[1] == version:
+                self._offered = (None, version)  # they may be large
+            self._times.loaded(time.monotonic() - begin)
+            self._waits.note("rollouts", f"the weights of version {version} were handed on")
 
     def _begin(self, tasks: asyncio.TaskGroup) -> bool:
         """Begin the next step, if it may begin and has its weights; whether it was."""
-        # Under one lock, so that a step is never begun beside weights that are due.
         with self._changed:
-            if self._loaded is None or self._due() is not None or not self._may_begin():
+            if self._loaded is None or not self._may_begin():
+                return False
+            # Under one lock, so that a step is never begun beside weights that it should have.
+            awaits_weights = self._loading is not None or self._due() is not None
+            if awaits_weights and not self._settings.in_flight_updates:
                 return False
             if self._again:
                 step = self._again.pop(0)
@@ -269,6 +348,7 @@ class Pipeline:
                 step, self._next = self._next, self._next + 1
             sampling = _coroutine(self._sample(step))
             self._running[step] = tasks.create_task(sampling, name=f"rollout step {step}")
+            self._times.begun(step)
             self._waits.note("rollouts", f"step {step} was begun")
             self._changed.notify_all()
             return True
@@ -276,26 +356,77 @@ class Pipeline:
     def _may_begin(self) -> bool:
         settings = self._settings
         most = settings.max_concurrent if settings.in_flight_updates else 1
-        under_way = len(self._running) + len(self._replay.items) + self._is_training
+        is_training = self._training is not None
+        under_way = len(self._running) + len(self._replay.items) + is_training
         return (
-            self._steps_left()
-            and len(self._running) < most
-            and under_way <= settings.max_staleness - (settings.sync_every - 1)
+            self._is_needed() and len(self._running) < most and under_way <= settings.most_under_way
         )
 
-    def _steps_left(self) -> bool:
-        return bool(self._again) or self._next < self._settings.num_steps
+    def _is_needed(self) -> bool:
+        """Whether a further step will be trained on, as far as one can tell."""
+        settings, uses = self._settings, self._rules.max_uses
+        ready = [*self._replay.items, *([self._training] if self._training else [])]
+        supply = uses * len(self._running) + sum(uses - item.uses for item in ready)
+        # Sampled with weights that a run of more updates would have sampled them with: extended,
+        # it is the run that it would have been.
+        beyond = 0 if settings.in_flight_updates else settings.most_under_way
+        return self._num_trained + supply < settings.num_steps + beyond
 
     def _collect(self) -> None:
         with self._changed:
             for step in [step for step, task in self._running.items() if task.done()]:
                 payload, version = self._running.pop(step).result()
+                self._times.ended(step, is_idle=not self._running)
                 self._waits.note("rollouts", f"step {step} was sampled")
+                if version is None:
+                    version = self._loaded or 0
                 self._replay.put(replay.Item(step=step, version=version, payload=payload))
             self._changed.notify_all()
 
 
-async def _coroutine(awaitable: Awaitable[tuple[Any, int]]) -> tuple[Any, int]:
+class _Times:
+    """Seconds of what the rollouts do, between two items that are taken."""
+
+    def __init__(self) -> None:
+        self._begun: dict[int, float] = {}
+        self._took: dict[int, float] = {}
+        self._idle_since: float | None = time.monotonic()
+        self._idle_s = self._load_s = 0.0
+
+    def begun(self, step: int) -> None:
+        self._begun[step] = time.monotonic()
+        self._stop_idling()
+
+    def ended(self, step: int, *, is_idle: bool) -> None:
+        self._took[step] = time.monotonic() - self._begun.pop(step)
+        if is_idle:
+            self._idle_since = time.monotonic()
+
+    def loaded(self, seconds: float) -> None:
+        self._load_s += seconds
+
+    def taken(self, step: int, *, is_idle: bool) -> dict[str, float]:
+        """The seconds of `Drawn`, but for the learner's own wait; counts from 0 again."""
+        self._stop_idling()
+        if is_idle:
+            self._idle_since = time.monotonic()
+        found = {"wait_learner": self._idle_s, "load": self._load_s}
+        self._idle_s = self._load_s = 0.0
+        if step in self._took:
+            found["rollout"] = self._took.pop(step)
+        return found
+
+    def _stop_idling(self) -> None:
+        if self._idle_since is not None:
+            self._idle_s += time.monotonic() - self._idle_since
+            self._idle_since = None
+
+
+async def _until(task: asyncio.Task[None]) -> None:
+    await task
+
+
+async def _coroutine(awaitable: Awaitable[tuple[Any, int | None]]) -> tuple[Any, int | None]:
     return await awaitable
 
 

@@ -13,7 +13,7 @@ micro-batches as its item needs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Rules:
         decay: what each use takes off the priority.
         noise: standard deviation of what is added to the priority, drawn once per insertion.
         seed: of that noise.
+        in_order: serve the steps in their order, whatever their priority.
     """
 
     capacity: int
@@ -41,6 +42,7 @@ class Rules:
     decay: float = 2.0
     noise: float = 2.0
     seed: int = 0
+    in_order: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,8 @@ class Item:
 
     Attributes:
         step: its number, from 0; no two items that wait have the same.
-        version: of the oldest weights that sampled a token of it.
+        version: of its newest sample, which is that of the oldest weights behind a token of it.
+            Older samples of the item are left out one by one where it is trained on.
         uses: updates that trained on it.
         payload: the trajectories.
     """
@@ -82,26 +85,30 @@ class Replay:
         self._items[item.step] = item
         if len(self._items) <= self._rules.capacity:
             return None
-        lowest = min(self._items.values(), key=self.priority)
+        lowest = min(self._items.values(), key=self._rank)
         return self._items.pop(lowest.step)
 
-    def draw(self, update: int) -> tuple[Item | None, list[Item]]:
-        """Take out the item of the highest priority, and all that are too old for good.
+    def draw(
+        self, update: int, among: Mapping[int, int] | None = None
+    ) -> tuple[Item | None, list[Item]]:
+        """Take out the item that is served next, and all that are too old for good.
 
         Args:
             update: the update it is for, from 1: as many as will have been made with it.
+            among: steps that may be taken → version to judge them by; None: all, each by its own.
 
         Returns:
             The item, None if there is none; and those that were too old.
         """
+        among = {item.step: item.version for item in self.items} if among is None else among
+        judged = [dataclasses.replace(self._items[step], version=among[step]) for step in among]
         oldest = oldest_version(update, max_staleness=self._rules.max_staleness)
-        too_old = [item for item in self.items if item.version < oldest]
-        for item in too_old:
+        too_old = [item for item in judged if item.version < oldest]
+        fresh = [item for item in judged if item.version >= oldest]
+        served = max(fresh, key=self._rank, default=None)
+        for item in [*too_old, *([] if served is None else [served])]:
             del self._items[item.step]
-        if not self._items:
-            return None, too_old
-        best = max(self.items, key=self.priority)
-        return self._items.pop(best.step), too_old
+        return served, too_old
 
     def put_back(self, item: Item) -> Item | None:
         """An item that was trained on waits again, unless it has been used up.
@@ -118,6 +125,9 @@ class Replay:
             seeds.derive_seed(self._rules.seed, "replay", item.step, item.uses)
         ).standard_normal()
         return item.version - self._rules.decay * item.uses + self._rules.noise * float(draw)
+
+    def _rank(self, item: Item) -> float:
+        return -item.step if self._rules.in_order else self.priority(item)
 
 
 def oldest_version(update: int, *, max_staleness: int) -> int:

@@ -1,6 +1,7 @@
 """Who samples what, by which weights, and when: rollouts that a test lets go on one by one."""
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -32,7 +33,12 @@ class World:
     def __init__(self, tmp_path, **changes):
         self.log, self.gates, self.version = [], {}, None
         self.settings = dataclasses.replace(SYNCHRONOUS, **changes)
-        self.rules = replay.Rules(capacity=100, max_staleness=self.settings.max_staleness, noise=0)
+        self.rules = replay.Rules(
+            capacity=100,
+            max_staleness=self.settings.max_staleness,
+            noise=0,
+            in_order=not self.settings.in_flight_updates,
+        )
         self.stalls = waits.Waits(tmp_path)
 
     def open(self, **options):
@@ -59,20 +65,21 @@ class World:
         return f"groups {step}", begun
 
 
-def train(world, made, *, until=None, pause=0.0, version=0):
-    """The learner's loop; the steps it trained on, in order."""
+def train(world, made, *, until=None, pause=0.0, late=0.0, idle=0.0, version=0):
+    """The learner's loop, with pauses where a busy machine has them; the steps it trained on."""
     trained = []
     made.offer(f"weights {version}", version=version)
     while until is None or len(trained) < until:
         drawn = made.take(version + 1)
         if drawn is None:
             break
-        if drawn.item is not None:
-            time.sleep(pause)
-            version += 1
-            trained.append(drawn.item.step)
-            made.offer(f"weights {version}", version=version)
+        time.sleep(pause)
+        version += 1
+        trained.append(drawn.item.step)
+        made.offer(f"weights {version}", version=version)
+        time.sleep(late)
         made.consumed(drawn)
+        time.sleep(idle)
     return trained
 
 
@@ -86,15 +93,17 @@ def test_without_staleness_every_step_is_sampled_by_the_weights_before_it(tmp_pa
     ]
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.05])
+@pytest.mark.parametrize("pauses", [{}, {"pause": 0.05}, {"late": 0.05}, {"idle": 0.05}])
 def test_one_step_ahead_is_sampled_by_the_weights_before_the_last_whatever_the_timing(
-    tmp_path, pause
+    tmp_path, pauses
 ):
     world = World(tmp_path, max_staleness=1, num_steps=6)
     with world.open() as made:
-        assert train(world, made, pause=pause) == [0, 1, 2, 3, 4, 5]
+        assert train(world, made, **pauses) == [0, 1, 2, 3, 4, 5]
+        assert made.position().next_step == 7
     begun = [text for text in world.log if text.startswith("begin")]
-    assert begun == ["begin 0 by 0", *[f"begin {step} by {step - 1}" for step in range(1, 6)]]
+    # The last one is for a run that goes on later.
+    assert begun == ["begin 0 by 0", *[f"begin {step} by {step - 1}" for step in range(1, 7)]]
 
 
 def wait_until(condition):
@@ -130,19 +139,92 @@ def test_weights_are_handed_on_every_so_many_updates(tmp_path):
     assert weights == ["0", "0", "2", "2", "4"]
 
 
+def test_what_no_update_would_train_on_is_not_sampled(tmp_path):
+    world = World(tmp_path, max_staleness=9, in_flight_updates=True, max_concurrent=4, num_steps=5)
+    with world.open() as made:
+        assert sorted(train(world, made, pause=0.02)) == [0, 1, 2, 3, 4]
+        assert made.take(6) is None
+        assert made.position() == pipeline.Position(num_trained=5, next_step=5)
+
+
+def test_what_is_trained_on_twice_is_sampled_half_as_often(tmp_path):
+    world = World(tmp_path, max_staleness=3, in_flight_updates=True, max_concurrent=1, num_steps=6)
+    world.rules = dataclasses.replace(world.rules, max_uses=2)
+    with world.open() as made:
+        trained = train(world, made, pause=0.02)
+    assert len(trained) == 6
+    assert made.position().next_step <= 5
+    assert max(trained.count(step) for step in trained) == 2
+
+
+def test_processes_take_the_step_that_waits_in_all_of_them(tmp_path):
+    world = World(tmp_path, max_staleness=3, in_flight_updates=True, max_concurrent=4, num_steps=4)
+    elsewhere = [{}, {0: 0}, {0: 0, 2: 0}]
+
+    def agree(mine):
+        assert mine
+        theirs = elsewhere.pop(0)
+        return {step: version for step, version in mine.items() if step in theirs}
+
+    world.gates = {step: threading.Event() for step in (0, 3)}
+    with world.open(agree=agree) as made:
+        made.offer("weights 0", version=0)
+        wait_until(lambda: len(made.position().items) == 2)  # 1 and 2
+        assert made.take(1).item.step == 2
+    assert not elsewhere
+
+
+def test_the_seconds_of_a_step_are_told(tmp_path):
+    world = World(tmp_path, num_steps=1)
+    world.gates = {0: threading.Event()}
+    with world.open() as made:
+        time.sleep(0.1)
+        made.offer("weights 0", version=0)
+        wait_until(lambda: len(world.log) == 2)
+        threading.Timer(0.1, world.gates[0].set).start()
+        seconds = made.take(1).seconds
+    assert seconds["load"] >= 0.01
+    assert seconds["wait_learner"] >= 0.1
+    assert seconds["rollout"] >= 0.1
+    assert 0.05 <= seconds["wait_rollout"] <= seconds["rollout"] + 0.1
+
+
+def test_what_surrounds_the_rollouts_lives_on_their_loop_and_is_left_at_the_end(tmp_path):
+    log = []
+
+    @contextlib.asynccontextmanager
+    async def around():
+        log.append(("open", threading.current_thread().name))
+        try:
+            yield
+        finally:
+            await asyncio.sleep(0.01)
+            log.append(("close", threading.current_thread().name))
+
+    world = World(tmp_path)
+    with world.open(around=around()) as made:
+        assert train(world, made, until=1) == [0]
+    assert log == [("open", "rollouts"), ("close", "rollouts")]
+
+
 def test_what_is_too_old_is_given_up_and_the_run_goes_on(tmp_path):
     world = World(tmp_path, max_staleness=1, num_steps=3)
     old = replay.Item(step=0, version=0, payload="groups 0")
-    with world.open(position=pipeline.Position(next_step=1, items=(old,))) as made:
+    begin = pipeline.Position(num_trained=1, next_step=1, items=(old,))
+    with world.open(position=begin) as made:
         made.offer("weights 5", version=5)
         drawn = made.take(6)
-        assert (drawn.item, drawn.too_old) == (None, (old,))
+        assert (drawn.item.step, drawn.too_old) == (1, (old,))
+        made.offer("weights 6", version=6)
         made.consumed(drawn)
-        assert train(world, made, version=5) == [1, 2]
+        assert train(world, made, version=6) == [
+            2
+        ]  # in place of the one that was dropped: 3 in all
 
 
 def test_a_run_goes_on_with_what_waits_and_begins_the_unfinished_again(tmp_path):
     world = World(tmp_path, max_staleness=2, in_flight_updates=True, max_concurrent=2, num_steps=6)
+    world.rules = dataclasses.replace(world.rules, max_staleness=9)  # nothing is dropped
     world.gates = {step: threading.Event() for step in range(6)}
     world.gates[1].set()
     with world.open() as made:

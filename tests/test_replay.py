@@ -63,6 +63,19 @@ def test_a_used_item_waits_behind_and_is_used_up():
     assert steps(made) == []
 
 
+def test_in_order_the_first_step_is_served_first():
+    made = make([item(0), item(2), item(1)], in_order=True, noise=2.0)
+    assert [made.draw(3)[0].step for _ in range(3)] == [0, 1, 2]
+
+
+def test_other_processes_narrow_the_choice_and_age_it():
+    made = make([item(4), item(5), item(6)], max_staleness=1)
+    found, too_old = made.draw(6, {4: 4, 5: 3})  # of versions 4 and 5
+    assert (found.step, found.version) == (4, 4)
+    assert [one.step for one in too_old] == [5]
+    assert steps(made) == [6]
+
+
 def test_noise_is_drawn_once_per_insertion_and_survives_a_checkpoint():
     made = make([item(step, 0) for step in range(50)], capacity=50, noise=2.0, max_staleness=9)
     priorities = [made.priority(one) for one in made.items]

@@ -1,21 +1,22 @@
 """What the rollout asks of a language model, whoever runs it.
 
 A sampler takes token ids and returns token ids with their log-probabilities. Two really implement
-it: the in-process engine (`codjax.rollout.engine`) and, on GPUs, an SGLang server.
+it: the in-process engine (`codjax.rollout.engine`) and SGLang servers (`codjax.rollout.sglang`).
+How weights get there is another matter, and another for each (`codjax.serving`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from codjax import types
+from codjax import checks, types
 
 
-class SamplerError(Exception):
+class SamplerError(checks.ServerError):
     """The sampler could not answer, after its own retries; the run that asked is dropped."""
 
 
@@ -85,14 +86,6 @@ class Sampler(Protocol):
 
     async def score(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probability of each next token at temperature 1: int32 `[n]` -> float32 `[n-1]`."""
-        ...
-
-    def load_weights(self, weights: Any, *, policy_version: int) -> None:
-        """Answer from these weights from now on; cached keys and values are forgotten.
-
-        Answers under way keep the tokens that they have, and go on with these weights; then it
-        must be called in the event loop of their callers.
-        """
         ...
 
 

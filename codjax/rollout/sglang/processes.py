@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 
+from codjax import checks
 from codjax.rollout.sglang import guard
 
 _POLL_S = 0.2  # between two looks at a process
@@ -35,7 +36,7 @@ _GUARD_S = 15.0  # that the guard may take to end, beyond the grace of its comma
 _logger = logging.getLogger(__name__)
 
 
-class ServerProcessError(Exception):
+class ServerProcessError(checks.ServerError):
     """A server did not start, or was given up; the message ends in what it logged last."""
 
 

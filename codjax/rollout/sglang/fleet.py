@@ -1,0 +1,230 @@
+"""The SGLang servers of a run, from one hand: connected or started, given weights, brought back.
+
+    fleet = Fleet(servers, pushes, expected, run_id=…, local=…)
+    async with fleet.opened():                          # connected; local ones are not started yet
+        await fleet.load(staged, policy_version=0)      # local ones are started with the first
+        generation = await fleet.sampler.generate(…)
+
+A server that fails is set aside, told to drop what it was doing, started again where it is ours,
+given the newest weights, verified, and only then asked again (docs/server_faults.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from typing import Any
+
+from codjax.rollout.sampler import SamplerError
+from codjax.rollout.sglang import pool, processes, push, wire
+from codjax.rollout.sglang.replicas import ExpectedModel
+from codjax.rollout.sglang.sampler import SGLangSampler
+from codjax.rollout.sglang.server import ServerClient, ServerSettings
+from codjax.rollout.sglang.weights import Staged
+
+_logger = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Owns connections, and the processes of local servers, while it is `opened`. One event loop.
+
+    Attributes:
+        pushed: what came of the last push to each server, by address.
+    """
+
+    def __init__(
+        self,
+        servers: ServerSettings,
+        pushes: push.PushSettings,
+        expected: ExpectedModel,
+        *,
+        run_id: str,
+        local: Sequence[processes.ProcessSettings] = (),
+    ) -> None:
+        """Nothing is connected or started yet.
+
+        Args:
+            servers: how all of them are reached, the local ones too.
+            pushes: how weights get there.
+            expected: what they must run.
+            run_id: names the weights of this run.
+            local: servers to start here, each named by its address; their `model_folder` is
+                replaced by that of the first weights.
+        """
+        self.pushed: dict[str, push.Outcome] = {}
+        self._settings, self._expected, self._run_id = servers, expected, run_id
+        self._local = tuple(local)
+        self._pusher = push.Pusher(pushes, on_failure=self._distrust)
+        self._sampler: SGLangSampler | None = None
+        self._pool: pool.ServerPool | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._newest: Staged | None = None
+        self._pushed_to: set[str] = set()  # now: a paused server looks ill
+
+    @property
+    def sampler(self) -> SGLangSampler:
+        """Of all servers; while the fleet is opened."""
+        assert self._sampler is not None
+        return self._sampler
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Fleet]:
+        """Connections and watches, within; afterwards there are none, and no local server.
+
+        Raises:
+            SamplerError: a server that is not ours is not there, or runs another model.
+            ServerProcessError: no local server can be kept up.
+        """
+        made = SGLangSampler(self._settings, self._expected, run_id=self._run_id)
+        try:
+            async with made as self._sampler, asyncio.TaskGroup() as self._group:
+                try:
+                    if not self._local:
+                        await self._connect()
+                    yield self
+                finally:
+                    for task in self._background:
+                        task.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            self._sampler = self._group = None
+            self._background.clear()
+            if self._pool is not None:
+                await self._pool.stop()
+            self._remove_folders()
+
+    async def load(self, staged: Staged, *, policy_version: int) -> None:
+        """Give weights to all servers; those that have them, verified, serve from then on.
+
+        Raises:
+            SamplerError: no server has them within `server.replica_wait_s`.
+            ServerProcessError: a local server did not start.
+        """
+        is_first, self._newest = self._newest is None, staged
+        if is_first and self._local:
+            await self._start(staged)
+        clients = self._clients()
+        with self._pushing(*(client.url for client in clients)):
+            outcomes = await self._pusher.push(staged, clients)
+        for outcome in outcomes:
+            await self._admit(outcome)
+        if is_first:
+            self._spawn(self._bring_back())
+        await self._wait_for_one(policy_version)
+
+    def metrics(self) -> dict[str, float]:
+        """Those of the sampler, and how well the servers agree with the learner; any thread."""
+        gaps = [outcome.gap for outcome in self.pushed.values() if outcome.gap is not None]
+        gap = {"sampler/probe_gap": max(gaps)} if gaps else {}
+        return self.sampler.metrics() | gap
+
+    # Local servers.
+
+    async def _start(self, staged: Staged) -> None:
+        """Start them all with the first weights, and watch them from then on."""
+        assert staged.folder is not None  # `validate` insists on the disk route
+        settings = [dataclasses.replace(one, model_folder=staged.folder) for one in self._local]
+        self._pool = pool.ServerPool(
+            settings,
+            last_good=self._pusher.last_good,
+            is_idle=self._is_idle,
+            on_down=self.sampler.set_aside,
+        )
+        logs = ", ".join(str(one.log_file) for one in settings)
+        _logger.info("Starting %d SGLang servers; their logs: %s.", len(settings), logs)
+        await self._pool.start()
+        self._spawn(self._pool.watch(asyncio.Event()))
+        await self._connect()
+
+    def _is_idle(self, name: str) -> bool:
+        return name not in self._pushed_to and self.sampler.replicas.of(name).in_flight == 0
+
+    # Weights.
+
+    async def _connect(self) -> None:
+        await self.sampler.connect()
+        _logger.info("%d SGLang servers are ready.", len(self.sampler.replicas.all))
+
+    async def _admit(self, outcome: push.Outcome) -> None:
+        """Let a server serve that has the newest weights; the others are aside already."""
+        self.pushed[outcome.server] = outcome
+        if not outcome.ok or self._newest is None or outcome.version != self._newest.version:
+            return
+        version = wire.policy_version(outcome.version, self._run_id)
+        # Where it does not, it says why, and is aside until it is back.
+        with contextlib.suppress(SamplerError):
+            await self.sampler.readmit(outcome.server, policy_version=version)
+
+    async def _bring_back(self) -> None:
+        """Give the newest weights to servers that are ready again, for as long as the run lasts."""
+        while True:
+            url = await self.sampler.returned()
+            with self._pushing(url):
+                outcome = await self._pusher.sync(self.sampler.client(url))
+            if outcome is not None:
+                await self._admit(outcome)
+            if self.sampler.replicas.of(url).aside is not None:
+                await asyncio.sleep(self._settings.probe_interval_s)
+
+    async def _wait_for_one(self, policy_version: int) -> None:
+        """Until a server serves; there is no use in asking before.
+
+        Raises:
+            SamplerError: as `load`.
+        """
+        try:
+            await self.sampler.replicas.choose(0, avoid=None)
+        except SamplerError as error:
+            raise SamplerError(
+                f"no server took the weights of version {policy_version}: {error}"
+            ) from error
+
+    def _distrust(self, server: str, error: str) -> None:
+        """What a server is answering is not believed, and it is told to drop it."""
+        self.sampler.set_aside(server, error, distrust=True)
+        self._spawn(self._drop(server))
+
+    async def _drop(self, server: str) -> None:
+        with contextlib.suppress(SamplerError):  # it is aside, whatever it does
+            await self.sampler.drain([server])
+
+    def _clients(self) -> list[ServerClient]:
+        """Connections to all servers but those that will not be started again."""
+        given_up = self._pool.given_up if self._pool else {}
+        for url in given_up:
+            self._pusher.forget(url)
+        replicas = self.sampler.replicas.all
+        return [replica.client for replica in replicas if replica.url not in given_up]
+
+    @contextlib.contextmanager
+    def _pushing(self, *urls: str) -> Iterator[None]:
+        self._pushed_to.update(urls)
+        try:
+            yield
+        finally:
+            self._pushed_to.difference_update(urls)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._group is not None
+        task = self._group.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _remove_folders(self) -> None:
+        """Staged weights are of use to this run only, and may lie in memory."""
+        if self._newest is not None and self._newest.folder is not None:
+            for folder in self._newest.folder.parent.glob(f"weights-{self._run_id}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first error of a group, which is what went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
