@@ -117,7 +117,7 @@ class Turn:
         sampler_logprobs: float32 `[m]`, natural log, at the sampling temperature.
         policy_version: number of updates behind the oldest weights that sampled a token of it.
         version_spans: which weights sampled which tokens; in order, covering the response. One
-            span, unless a server took new weights while it answered.
+            span, unless the sampler took new weights while it answered.
         stop_reason: `STOP_TOKEN` or `LENGTH`.
     """
 

@@ -9,6 +9,9 @@ Scheduling is a function of the order of the requests alone: the engine runs in 
 its callers, and lets every caller that can go on do so before it admits and decodes. Two equal
 rollouts therefore see equal batches, bit for bit.
 
+New weights may come while answers are under way. Those keep the tokens that they have, are fed
+again with them, since cached keys are of the old weights, and go on from there.
+
 Nothing needs closing: the scheduler is a task that ends when there is nothing to do.
 """
 
@@ -30,6 +33,7 @@ from codjax.rollout.sampler import (
     PromptTooLongError,
     SamplerError,
     SamplingParams,
+    join_spans,
 )
 
 _NUM_STOP_TOKENS = 4  # room for stop tokens per request; a fixed shape, so that nothing recompiles
@@ -37,20 +41,34 @@ _NUM_STOP_TOKENS = 4  # room for stop tokens per request; a fixed shape, so that
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Request:
-    """A request on its way: waiting, then in a slot, then answered through its future."""
+    """A request on its way: waiting, then in a slot, then answered through its future.
 
-    prompt: np.ndarray
+    New weights send it from its slot back to waiting.
+    """
+
+    number: int  # in the order of arrival
+    text: np.ndarray  # to feed: the prompt, and what earlier weights sampled
     params: SamplingParams
     seed: int
     future: asyncio.Future[Generation]
-    key: bytes  # sorts as the prompt does
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    spans: tuple[types.VersionSpan, ...] = ()  # of those tokens that are in the text
+
+    @property
+    def num_fed(self) -> int:
+        """How many of its tokens are in the text."""
+        return self.spans[-1].end if self.spans else 0
+
+    @functools.cached_property
+    def key(self) -> bytes:
+        """Sorts as the text does."""
+        return self.text.astype(">u4").tobytes()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Feed:
-    """A prompt to feed into a slot: tokens `[start, stop)` after a prefix held by `source`."""
+    """A text to feed into a slot: its tokens from `start` on, after a prefix held by `source`."""
 
     request: _Request
     slot: int
@@ -61,12 +79,13 @@ class _Feed:
 class Engine:
     """A `Sampler` that runs the model in this process.
 
-    May be called from one event loop at a time. `load_weights` may be called while nothing is
-    being generated.
+    May be called from one event loop at a time. `load_weights` may be called at any time, in that
+    loop while requests are being answered.
 
     Attributes:
         stats: totals since the start: prompt tokens asked for, prompt tokens fed (the rest was
-            reused), tokens sampled, decode steps.
+            reused), tokens sampled, decode steps. An answer that goes on with new weights counts
+            as asked for again, its prompt with its tokens so far.
     """
 
     def __init__(
@@ -109,13 +128,19 @@ class Engine:
         self._requests: list[_Request | None] = [None] * num_slots
         self._slots = _idle_slots(num_slots)
         self._waiting: list[_Request] = []
+        self._num_requests = 0
         self._scheduler: asyncio.Task[None] | None = None
         self.stats = {"prompt_tokens": 0, "fed_tokens": 0, "sampled_tokens": 0, "decode_calls": 0}
 
     def load_weights(self, weights: Any, *, policy_version: int) -> None:
-        """Answer from these weights from now on; cached keys and values are forgotten."""
-        if self._waiting or any(self._requests):
-            raise RuntimeError("load_weights was called while requests were being answered.")
+        """Answer from these weights from now on; cached keys and values are forgotten.
+
+        Answers under way keep their tokens and go on with the new weights, before any request
+        that still waits; the draws stay those of the seed and the token's index.
+        """
+        under_way = sorted(filter(None, self._requests), key=lambda request: request.number)
+        self._waiting = [self._sent_back(request) for request in under_way] + self._waiting
+        self._requests = [None] * self._num_slots
         self._weights, self._policy_version = weights, policy_version
         self._forget()
 
@@ -126,12 +151,13 @@ class Engine:
         del group  # there is one cache, and all prefixes are in it
         self._check(prompt, params)
         request = _Request(
-            prompt=prompt,
+            number=self._num_requests,
+            text=prompt,
             params=params,
             seed=seed,
             future=asyncio.get_running_loop().create_future(),
-            key=prompt.astype(">u4").tobytes(),
         )
+        self._num_requests += 1
         self._waiting.append(request)
         if self._scheduler is None or self._scheduler.done():
             self._scheduler = asyncio.get_running_loop().create_task(self._run())
@@ -194,6 +220,18 @@ class Engine:
         self._clock = 0
         self._slots.is_active[:] = False
 
+    def _sent_back(self, request: _Request) -> _Request:
+        """The request as it waits to go on with other weights."""
+        spans = self._spans(request)
+        new = request.tokens[request.num_fed :]
+        text = np.concatenate([request.text, np.array(new, np.int32)])
+        return dataclasses.replace(request, text=text, spans=spans)
+
+    def _spans(self, request: _Request) -> tuple[types.VersionSpan, ...]:
+        """Which weights sampled the tokens that the request has; the last ones, these."""
+        now = types.VersionSpan(self._policy_version, 0, len(request.tokens) - request.num_fed)
+        return join_spans([request.spans, (now,)])
+
     async def _let_callers_go_on(self) -> None:
         """Yield until no caller adds a request any more."""
         before = -1
@@ -222,18 +260,18 @@ class Engine:
         wave: list[_Request] = []
         previous: _Request | None = None
         for request in candidates:
-            # The last token of a prompt is never held: the decoder feeds it.
-            shared = _common_prefix(previous.prompt, request.prompt[:-1]) if previous else 0
-            held = int(self._held_prefix(request.prompt).max())
+            # The last token of a text is never held: the decoder feeds it.
+            shared = _common_prefix(previous.text, request.text[:-1]) if previous else 0
+            held = int(self._held_prefix(request.text).max())
             if shared - held < self._min_shared_prefix:
                 wave.append(request)
             previous = request
         return wave
 
-    def _held_prefix(self, prompt: np.ndarray) -> np.ndarray:
-        """Per slot, how many tokens of the prompt but for the last it holds at its start: `[S]`."""
-        length = len(prompt) - 1
-        differs = self._held[:, :length] != prompt[:length]
+    def _held_prefix(self, text: np.ndarray) -> np.ndarray:
+        """Per slot, how many tokens of the text but for the last it holds at its start: `[S]`."""
+        length = len(text) - 1
+        differs = self._held[:, :length] != text[:length]
         differs |= np.arange(length) >= self._num_held[:, None]
         return (
             np.where(differs.any(axis=1), differs.argmax(axis=1), length)
@@ -243,7 +281,7 @@ class Engine:
 
     def _assign(self, wave: list[_Request], free: list[int]) -> list[_Feed]:
         """A free slot for every request; who can reuse most chooses first."""
-        held = {id(request): self._held_prefix(request.prompt) for request in wave}
+        held = {id(request): self._held_prefix(request.text) for request in wave}
         is_free = np.zeros(self._num_slots, bool)
         is_free[free] = True
         is_taken = np.zeros(self._num_slots, bool)
@@ -270,17 +308,17 @@ class Engine:
         return int(free[self._last_used[free].argmin()])
 
     def _feed(self, feeds: list[_Feed]) -> None:
-        """Run the prompts, but for their last tokens, through the model."""
+        """Run the texts, but for their last tokens, through the model."""
         work = [(feed, feed.start, feed.source) for feed in feeds]
-        work = [w for w in work if w[0].source != w[0].slot or w[1] < len(w[0].request.prompt) - 1]
-        self.stats["prompt_tokens"] += sum(len(feed.request.prompt) for feed in feeds)
+        work = [w for w in work if w[0].source != w[0].slot or w[1] < len(w[0].request.text) - 1]
+        self.stats["prompt_tokens"] += sum(len(feed.request.text) for feed in feeds)
         while work:
             batch, work = work[: self._prefill_rows], work[self._prefill_rows :]
-            longest = max(len(f.request.prompt) - 1 - start for f, start, _ in batch)
+            longest = max(len(f.request.text) - 1 - start for f, start, _ in batch)
             chunk = next((c for c in self._chunks if c >= longest), self._chunks[-1])
             self._feed_chunk(batch, chunk)
             rest = [(f, start + chunk, f.slot) for f, start, _ in batch]
-            work += [w for w in rest if w[1] < len(w[0].request.prompt) - 1]
+            work += [w for w in rest if w[1] < len(w[0].request.text) - 1]
 
     def _feed_chunk(self, batch: list[tuple[_Feed, int, int]], chunk: int) -> None:
         tokens = np.zeros((self._prefill_rows, chunk), np.int32)
@@ -288,7 +326,7 @@ class Engine:
         source = np.zeros(self._prefill_rows, np.int32)
         slot = np.full(self._prefill_rows, self._num_slots, np.int32)
         for row, (feed, begin, origin) in enumerate(batch):
-            new = feed.request.prompt[begin : min(begin + chunk, len(feed.request.prompt) - 1)]
+            new = feed.request.text[begin : min(begin + chunk, len(feed.request.text) - 1)]
             tokens[row, : len(new)] = new
             start[row] = begin if len(new) else self._max_tokens
             source[row], slot[row] = origin, feed.slot
@@ -296,15 +334,15 @@ class Engine:
         self._cache = self._prefill(self._weights, self._cache, tokens, start, source, slot)
 
     def _occupy(self, feed: _Feed) -> None:
-        """Write the request into its slot, ready to decode from the prompt's last token."""
+        """Write the request into its slot, ready to decode from its text's last token."""
         request, slot = feed.request, feed.slot
-        length = len(request.prompt) - 1
-        self._held[slot, :length] = request.prompt[:-1]
+        length = len(request.text) - 1
+        self._held[slot, :length] = request.text[:-1]
         self._num_held[slot] = length
         self._requests[slot] = request
         params, slots = request.params, self._slots
-        slots.token[slot], slots.position[slot] = request.prompt[-1], length
-        slots.num_sampled[slot], slots.is_active[slot] = 0, True
+        slots.token[slot], slots.position[slot] = request.text[-1], length
+        slots.num_sampled[slot], slots.is_active[slot] = len(request.tokens), True
         slots.seed[slot], slots.max_tokens[slot] = request.seed, params.max_tokens
         slots.temperature[slot] = params.temperature
         slots.top_p[slot], slots.top_k[slot] = params.top_p, params.top_k
@@ -349,12 +387,13 @@ class Engine:
         is_stop = request.tokens[-1] in request.params.stop_tokens
         if request.future.done():  # its caller was cancelled
             return
+        spans = self._spans(request)
         request.future.set_result(
             Generation(
                 tokens=np.array(request.tokens, np.int32),
                 logprobs=np.array(request.logprobs, np.float32),
-                policy_version=self._policy_version,
-                version_spans=(types.VersionSpan(self._policy_version, 0, len(request.tokens)),),
+                policy_version=min(span.version for span in spans),
+                version_spans=spans,
                 stop_reason=types.StopReason.STOP_TOKEN if is_stop else types.StopReason.LENGTH,
             )
         )

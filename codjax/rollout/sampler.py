@@ -8,6 +8,7 @@ How weights get there is another matter, and another for each (`codjax.serving`)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -86,3 +87,23 @@ class Sampler(Protocol):
     async def score(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probability of each next token at temperature 1: int32 `[n]` -> float32 `[n-1]`."""
         ...
+
+
+def join_spans(
+    parts: Sequence[tuple[types.VersionSpan, ...]],
+) -> tuple[types.VersionSpan, ...]:
+    """Spans over the parts, one after the other; neighbours of one version become one span.
+
+    >>> span = types.VersionSpan
+    >>> join_spans([(span(3, 0, 2),), (span(3, 0, 4), span(4, 4, 5))])
+    (VersionSpan(version=3, start=0, end=6), VersionSpan(version=4, start=6, end=7))
+    """
+    joined: list[types.VersionSpan] = []
+    for part in parts:
+        offset = joined[-1].end if joined else 0
+        for span in part:
+            start, end = offset + span.start, offset + span.end
+            if joined and joined[-1].version == span.version:
+                start = joined.pop().start
+            joined.append(types.VersionSpan(span.version, start, end))
+    return tuple(joined)

@@ -185,6 +185,179 @@ def test_new_weights_forget_what_was_cached(model):
     assert answer.policy_version == 8
 
 
+@pytest.fixture(scope="module")
+def other():
+    return models.init(CONFIG, seed=1)
+
+
+def weights_of(model):
+    return nnx.to_pure_dict(nnx.split(model)[1])
+
+
+async def when(condition):
+    """Until the engine, which goes on between any two steps of its callers, has come so far."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def generate_while(made, requests, swaps):
+    """Answers, while new weights come after the calls of the decoder: (calls, weights, version)."""
+
+    async def run():
+        tasks = [asyncio.create_task(made.generate(p, a, seed=s)) for p, a, s in requests]
+        for num_calls, weights, version in swaps:
+            await when(lambda: made.stats["decode_calls"] >= num_calls)  # noqa: B023
+            assert made.stats["decode_calls"] == num_calls
+            made.load_weights(weights, policy_version=version)
+        return await asyncio.gather(*tasks)
+
+    return asyncio.run(run())
+
+
+def assert_sampled_by(answer, prompt, weights):
+    """Every span has the log-probs of its weights: version → model."""
+    tokens = np.concatenate([prompt, answer.tokens])
+    for span in answer.version_spans:
+        scored = np.asarray(models.score(weights[span.version], tokens[None]))[0]
+        expected = scored[len(prompt) - 1 :][span.start : span.end]
+        np.testing.assert_allclose(answer.logprobs[span.start : span.end], expected, atol=2e-5)
+
+
+def test_new_weights_take_over_in_the_middle_of_an_answer(model, other):
+    requests = [(p, params(stop_tokens=()), i) for i, p in enumerate(prompts(3))]
+    made = make_engine(model)
+
+    answers = generate_while(made, requests, [(2, weights_of(other), 8)])
+
+    before = generate(make_engine(model), requests)
+    for (prompt, _, _), answer, old in zip(requests, answers, before, strict=True):
+        assert answer.version_spans == (types.VersionSpan(7, 0, 6), types.VersionSpan(8, 6, 10))
+        assert answer.policy_version == 7
+        assert answer.tokens[:6].tolist() == old.tokens[:6].tolist()
+        assert answer.tokens.dtype == np.int32
+        assert_sampled_by(answer, prompt, {7: model, 8: other})
+    assert [a.tokens.tolist() for a in answers] != [b.tokens.tolist() for b in before]
+    # Nothing of the old weights is reused: what is fed again is whole texts but their last tokens.
+    whole = sum(len(prompt) - 1 + len(prompt) + 6 - 1 for prompt, _, _ in requests)
+    assert made.stats["fed_tokens"] == whole
+    assert made.stats["sampled_tokens"] == 30
+
+
+def test_the_same_weights_again_change_no_token(model):
+    requests = [
+        *((p, params(stop_tokens=tuple(range(4))), i) for i, p in enumerate(prompts(5))),
+        (prompts(1, seed=8)[0], params(stop_tokens=(), top_p=0.8, temperature=1.5), 11),
+        (prompts(1, seed=9)[0], params(stop_tokens=(), temperature=0.0), 12),
+    ]
+    again = [(calls, weights_of(model), 7 + calls) for calls in (1, 2, 4)]
+
+    answers = generate_while(make_engine(model), requests, again)
+
+    for answer, plain in zip(answers, generate(make_engine(model), requests), strict=True):
+        assert answer.tokens.tolist() == plain.tokens.tolist()
+        assert answer.stop_reason is plain.stop_reason
+        np.testing.assert_allclose(answer.logprobs, plain.logprobs, atol=1e-5)
+        ends = [0, *(span.end for span in answer.version_spans)]
+        assert [span.start for span in answer.version_spans] == ends[:-1]
+        assert ends[-1] == len(answer.tokens)
+        assert answer.policy_version == answer.version_spans[0].version
+
+
+def test_spans_of_one_version_are_joined_and_three_stay_apart(model, other):
+    request = (prompts(1)[0], params(stop_tokens=()), 0)
+    old, new = weights_of(model), weights_of(other)
+
+    (joined,) = generate_while(make_engine(model), [request], [(1, old, 7), (2, new, 8)])
+    assert joined.version_spans == (types.VersionSpan(7, 0, 6), types.VersionSpan(8, 6, 10))
+
+    (apart,) = generate_while(make_engine(model), [request], [(1, new, 8), (3, old, 9)])
+    assert apart.version_spans == (
+        types.VersionSpan(7, 0, 3),
+        types.VersionSpan(8, 3, 9),
+        types.VersionSpan(9, 9, 10),
+    )
+    assert_sampled_by(apart, request[0], {7: model, 8: other, 9: model})
+
+    # Two swaps between two calls of the decoder: nothing was sampled by the first.
+    (twice,) = generate_while(make_engine(model), [request], [(1, new, 8), (1, old, 9)])
+    assert twice.version_spans == (types.VersionSpan(7, 0, 3), types.VersionSpan(9, 3, 10))
+    assert_sampled_by(twice, request[0], {7: model, 9: model})
+
+
+def test_answers_under_way_go_on_before_requests_that_wait(model, other):
+    requests = [(p, params(stop_tokens=()), i) for i, p in enumerate(prompts(5))]
+    made = make_engine(model, num_slots=2)
+    order = []
+
+    async def ask(index):
+        prompt, answer_params, seed = requests[index]
+        answer = await made.generate(prompt, answer_params, seed=seed)
+        order.append(index)
+        return answer
+
+    async def run():
+        tasks = [asyncio.create_task(ask(index)) for index in range(5)]
+        await when(lambda: made.stats["decode_calls"] == 2)
+        made.load_weights(weights_of(other), policy_version=8)
+        return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(run())
+
+    assert sorted(order[:2]) == [0, 1]
+    assert [len(answer.version_spans) for answer in answers] == [2, 2, 1, 1, 1]
+    fresh = generate(make_engine(other), requests)
+    for (prompt, _, _), answer, new in zip(requests[2:], answers[2:], fresh[2:], strict=True):
+        assert answer.policy_version == 8
+        assert answer.tokens.tolist() == new.tokens.tolist()
+        assert_sampled_by(answer, prompt, {8: other})
+
+
+def test_a_request_that_only_waits_is_answered_by_the_new_weights_alone(model, other):
+    made = make_engine(model)
+    prompt = prompts(1)[0]
+
+    async def run():
+        task = asyncio.create_task(made.generate(prompt, params(), seed=0))
+        await asyncio.sleep(0)
+        assert made.stats["decode_calls"] == 0
+        made.load_weights(weights_of(other), policy_version=8)
+        return await task
+
+    answer = asyncio.run(run())
+    (fresh,) = generate(make_engine(other), [(prompt, params(), 0)])
+    assert answer.version_spans == (types.VersionSpan(8, 0, len(answer.tokens)),)
+    assert answer.tokens.tobytes() == fresh.tokens.tobytes()
+    assert answer.logprobs.tobytes() == fresh.logprobs.tobytes()
+
+
+def test_a_caller_that_left_is_not_gone_on_with(model, other):
+    made = make_engine(model)
+    requests = [(p, params(stop_tokens=()), i) for i, p in enumerate(prompts(2))]
+
+    async def run():
+        leaves, stays = (asyncio.create_task(made.generate(p, a, seed=s)) for p, a, s in requests)
+        await when(lambda: made.stats["decode_calls"] == 1)
+        leaves.cancel()
+        made.load_weights(weights_of(other), policy_version=8)
+        answer = await stays
+        assert leaves.cancelled()
+        return answer
+
+    answer = asyncio.run(run())
+    assert made.stats["sampled_tokens"] == 3 + 10  # of the one that left, only those before
+    assert answer.version_spans == (types.VersionSpan(7, 0, 3), types.VersionSpan(8, 3, 10))
+    assert_sampled_by(answer, requests[1][0], {7: model, 8: other})
+
+
+def test_a_response_up_to_the_end_of_the_cache_survives_new_weights(model, other):
+    prompt = np.arange(6, 21, dtype=np.int32)
+    request = (prompt, params(max_tokens=25, stop_tokens=()), 0)
+    (answer,) = generate_while(make_engine(model), [request], [(8, weights_of(other), 8)])
+    assert answer.version_spans == (types.VersionSpan(7, 0, 24), types.VersionSpan(8, 24, 25))
+    assert_sampled_by(answer, prompt, {7: model, 8: other})
+
+
 def test_how_an_answer_ends(model):
     stopped, cut = generate(
         make_engine(model),

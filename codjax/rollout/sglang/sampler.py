@@ -28,6 +28,7 @@ from codjax.rollout.sampler import (
     PromptTooLongError,
     SamplerError,
     SamplingParams,
+    join_spans,
 )
 from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.replicas import ExpectedModel, Replica, Replicas
@@ -271,26 +272,6 @@ def _generation(parts: Sequence[wire.Answer], reason: types.StopReason) -> Gener
         version_spans=spans,
         stop_reason=reason,
     )
-
-
-def join_spans(
-    parts: Sequence[tuple[types.VersionSpan, ...]],
-) -> tuple[types.VersionSpan, ...]:
-    """Spans over the parts, one after the other; neighbours of one version become one span.
-
-    >>> span = types.VersionSpan
-    >>> join_spans([(span(3, 0, 2),), (span(3, 0, 4), span(4, 4, 5))])
-    (VersionSpan(version=3, start=0, end=6), VersionSpan(version=4, start=6, end=7))
-    """
-    joined: list[types.VersionSpan] = []
-    for part in parts:
-        offset = joined[-1].end if joined else 0
-        for span in part:
-            start, end = offset + span.start, offset + span.end
-            if joined and joined[-1].version == span.version:
-                start = joined.pop().start
-            joined.append(types.VersionSpan(span.version, start, end))
-    return tuple(joined)
 
 
 def _join(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
