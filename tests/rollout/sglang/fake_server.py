@@ -245,6 +245,7 @@ class FakeServer:
                 reason = {"type": "abort", "message": "Aborted", "status_code": None}
                 break
             token, logprob = next(script)
+            await self.rest()
             running.tokens.append(token)
             running.logprobs.append(logprob)
             if token in stops:
@@ -252,9 +253,10 @@ class FakeServer:
                 break
         start = body["logprob_start_len"]
         last = self.vocab_size - 1  # is reported as 0, as by the real one
+        logprobs = self.scored(ids) if start >= 0 else []
         scored = [
-            [None if i == 0 else scored_logprob(t), 0 if t == last else t, None]
-            for i, t in enumerate(ids)
+            [logprob, 0 if token == last else token, None]
+            for logprob, token in zip(logprobs, ids, strict=False)
         ]
         entries = zip(running.logprobs, running.tokens, strict=True)
         return {
@@ -268,10 +270,17 @@ class FakeServer:
                 "weight_version": self.weight_version,
                 "weight_versions": self._spans(running),
                 "num_retractions": running.num_retractions,
-                "input_token_logprobs": scored[start:] if start >= 0 else [],
+                "input_token_logprobs": scored[max(start, 0) :],
                 "output_token_logprobs": [[logprob, token, None] for logprob, token in entries],
             },
         }
+
+    def scored(self, ids):
+        """Log-probs of the tokens of a text; nothing predicts the first."""
+        return [None, *map(scored_logprob, ids[1:])]
+
+    async def rest(self):
+        """Between two tokens."""
 
     def _waits(self, running):
         is_held = self.hold_after is not None and len(running.tokens) >= self.hold_after
