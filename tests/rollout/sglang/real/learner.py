@@ -168,7 +168,7 @@ async def until(is_so, limit_s=60.0):
 
 
 async def calm(url, settings):
-    """Ends what another test left on a server: pauses, updates and requests."""
+    """Ends what another test left on a server: a pause and requests."""
     async with ServerClient(url, settings) as client:
         await client.continue_()
         await client.abort_all()
