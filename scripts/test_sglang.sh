@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tests against a real SGLang server on this machine's CPU: bash scripts/test_sglang.sh [FILES]
+# Tests against a real SGLang server on this machine's CPU: bash scripts/test_sglang.sh [-k …]
 # Installs SGLang into .venv-sglang, once (2.6 GB; CODJAX_SGLANG_VENV=… names another folder), with
-# Python 3.11: PYTHON=… names it. Without arguments, all of the tests; arguments go to pytest.
+# Python 3.11: PYTHON=… names it. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh
@@ -32,6 +32,5 @@ install_sglang() {
 
 install_sglang
 export CODJAX_SGLANG_PYTHON="$sglang_venv/bin/python" CODJAX_SGLANG_PATH="$real/stand_in"
-(($#)) || set -- "$real"
 # One process: the tests share a pair of servers.
-exec "$VENV/bin/python" -m pytest -m "slow and not gpu" "$@"
+exec "$VENV/bin/python" -m pytest -m "slow and not gpu" "$real" "$@"
