@@ -270,19 +270,23 @@ class Pusher:
             )
         has_session = await self._call(server, "beginning an update", server.begin_update())
         try:
-            for number, payload in enumerate(staged.payloads, start=1):
-                is_last = number == len(staged.payloads)
-                load = server.update_from_bytes(
-                    [payload] * server.tp_size,
-                    None,
-                    staged.version if is_last else None,
-                    is_last,
-                )
-                what = f"loading payload {number} of {len(staged.payloads)}"
-                await _within(limit, server, what, load)
-        finally:
+            await self._load_payloads(server, staged)
+        except BaseException:
             if has_session:
-                await self._call(server, "ending the update", server.end_update())
+                with contextlib.suppress(samplers.SamplerError):  # the first error tells more
+                    await self._call(server, "ending the update", server.end_update())
+            raise
+        if has_session:
+            await self._call(server, "ending the update", server.end_update())
+
+    async def _load_payloads(self, server: Server, staged: Staged) -> None:
+        for number, payload in enumerate(staged.payloads, start=1):
+            is_last = number == len(staged.payloads)
+            load = server.update_from_bytes(
+                [payload] * server.tp_size, None, staged.version if is_last else None, is_last
+            )
+            what = f"loading payload {number} of {len(staged.payloads)}"
+            await _within(self._settings.load_timeout_s, server, what, load)
 
     async def _check_version(self, server: Server, staged: Staged) -> None:
         info = await self._call(server, "telling its version", server.model_info())

@@ -9,7 +9,9 @@ Nothing here is tried twice: whether and where to try again is the sampler's bus
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import io
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -257,7 +259,8 @@ class ServerClient:
         }
         if version is not None:
             body["weight_version"] = version
-        await self._update("/update_weights_from_tensor", body)
+        # In a thread: payloads are hundreds of MB, and other requests go on meanwhile.
+        await self._update("/update_weights_from_tensor", await asyncio.to_thread(_encoded, body))
 
     async def end_update(self) -> None:
         """Closes the session of `begin_update`."""
@@ -273,7 +276,7 @@ class ServerClient:
             raise RuntimeError(f"{self.url} was not asked for its info yet.")
         return self._info
 
-    async def _update(self, route: str, body: dict[str, Any]) -> None:
+    async def _update(self, route: str, body: dict[str, Any] | bytes) -> None:
         answer = await self._post_json(route, body, self._settings.weights_timeout_s)
         if not (isinstance(answer, dict) and answer.get("success") is True):
             text = wire.error_text(json.dumps(answer))
@@ -301,14 +304,22 @@ class ServerClient:
         return self._json(route, await self._request("POST", route, body, timeout_s))
 
     async def _request(self, method: str, route: str, body: Any, timeout_s: float) -> bytes:
-        """The bytes of a 200; everything else is one of the three errors."""
+        """The bytes of a 200; everything else is one of the three errors.
+
+        The body is anything that JSON can hold, or JSON already.
+        """
         where = f"{self.url}{route}"
+        headers = self._headers(route)
+        data = None
+        if body is not None:  # a file is sent in pieces; bytes would hold up all else
+            data = io.BytesIO(body if isinstance(body, bytes) else _encoded(body))
+            headers["Content-Type"] = "application/json"
         timeout = aiohttp.ClientTimeout(
             total=timeout_s, sock_connect=self._settings.connect_timeout_s
         )
         try:
             async with self._session.request(
-                method, where, json=body, headers=self._headers(route), timeout=timeout
+                method, where, data=data, headers=headers, timeout=timeout
             ) as response:
                 content = await response.read()
         except TimeoutError as error:
@@ -356,3 +367,7 @@ class ServerClient:
             return parse(*args, **kwargs)
         except wire.BadAnswerError as error:
             raise type(error)(f"{self.url} cannot be believed: {error}") from error
+
+
+def _encoded(body: Any) -> bytes:
+    return json.dumps(body).encode()

@@ -144,6 +144,16 @@ def test_a_session_is_ended_when_a_payload_fails():
     assert server.calls[1:] == [*BYTES[1:3], "end_weight_update", "continue_generation"]
 
 
+def test_the_error_of_a_dead_server_is_that_of_the_payload():
+    """And not that its session could not be ended either."""
+    server = push_server.ScriptedServer()
+    server.broken |= {"update_weights_from_tensor": 500, "end_weight_update": 500}
+    pusher, _ = make_pusher()
+    [outcome] = pushed(pusher, by_bytes(), server)
+    assert outcome.error == "a: update_weights_from_tensor answered 500."
+    assert server.calls[-2:] == ["end_weight_update", "continue_generation"]
+
+
 def test_weights_that_were_not_loaded_are_known_by_the_version(tmp_path):
     server = push_server.ScriptedServer()
     server.version, server.broken["update_weights_from_disk"] = "other-7", "lies"

@@ -109,6 +109,21 @@ def test_weights_as_bytes():
     with_client(scenario)
 
 
+def test_a_large_payload_goes_in_pieces_while_others_are_answered():
+    """Sent as one, it would hold up the event loop, of which aiohttp warns: here, an error."""
+
+    async def scenario(client, server):
+        payload = "a" * 2**23
+        await client.begin_update()
+        pushing = asyncio.create_task(client.update_from_bytes([payload], None, "run-1", True))
+        answer = await client.generate(PROMPT, params(), **ASKED)
+        await pushing
+        assert len(answer.tokens) == 4
+        assert server.pushes[0]["serialized_named_tensors"] == [payload]
+
+    with_client(scenario)
+
+
 def test_an_older_server_needs_no_session():
     async def scenario(client, server):
         assert not await client.begin_update()
