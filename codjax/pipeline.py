@@ -173,9 +173,13 @@ class Pipeline:
         self._loop.call_soon_threadsafe(self._wake.set)
 
     def is_due(self, version: int) -> bool:
-        """Whether weights of this version would be handed on, once offered."""
+        """Whether weights of this version would be handed on, once offered.
+
+        With `in_flight_updates`, not while others are on their way: newer ones come soon.
+        """
         with self._changed:
-            return self._is_due(version)
+            is_busy = self._loading is not None and self._settings.in_flight_updates
+            return self._is_due(version) and not is_busy
 
     def take(self, update: int) -> Drawn | None:
         """What the update trains on, as soon as there is something.

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -102,8 +103,10 @@ class Fleet:
     async def load(self, staged: Staged, *, policy_version: int) -> None:
         """Give weights to all servers; those that have them, verified, serve from then on.
 
+        A server that does not take them is aside until it does; there may be none left for a while.
+
         Raises:
-            SamplerError: no server has them within `server.replica_wait_s`.
+            SamplerError: no server took the first weights within `server.replica_wait_s`.
             ServerProcessError: a local server did not start.
         """
         is_first, self._newest = self._newest is None, staged
@@ -116,7 +119,8 @@ class Fleet:
             await self._admit(outcome)
         if is_first:
             self._spawn(self._bring_back())
-        await self._wait_for_one(policy_version)
+            await self._wait_for_one(policy_version)
+            self._spawn(self._watch_for_none())
 
     def metrics(self) -> dict[str, float]:
         """Those of the sampler, and how well the servers agree with the learner; any thread."""
@@ -171,6 +175,23 @@ class Fleet:
                 await self._admit(outcome)
             if self.sampler.replicas.of(url).aside is not None:
                 await asyncio.sleep(self._settings.probe_interval_s)
+
+    async def _watch_for_none(self) -> None:
+        """End the run when no server served for too long: it would go on with nothing.
+
+        Raises:
+            SamplerError: after `server.replica_wait_s`.
+        """
+        limit_s, interval_s = self._settings.replica_wait_s, self._settings.probe_interval_s
+        while True:
+            await asyncio.sleep(min(interval_s, limit_s))
+            all_aside = [r.aside_since for r in self.sampler.replicas.all if r.aside is not None]
+            is_none = len(all_aside) == len(self.sampler.replicas.all)
+            if is_none and time.monotonic() - max(all_aside) > limit_s:
+                raise SamplerError(
+                    f"no server served for {limit_s:g} s (server.replica_wait_s): "
+                    f"{self.sampler.replicas.why_aside()}"
+                )
 
     async def _wait_for_one(self, policy_version: int) -> None:
         """Until a server serves; there is no use in asking before.

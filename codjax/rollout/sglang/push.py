@@ -327,9 +327,13 @@ class Pusher:
         if newest.folder not in self.last_good.values():  # no success yet
             return
         keep = {*self.last_good.values(), *(staged.folder for staged in self._in_hand)}
-        for path in newest.folder.parent.glob(f"weights-{newest.run_id}-*"):
-            is_version = path.name.removeprefix(f"weights-{newest.run_id}-").isdecimal()
-            if is_version and path not in keep:
+        prefix = f"weights-{newest.run_id}-"
+        newest_version = int(newest.version.rpartition("-")[2])
+        for path in newest.folder.parent.glob(f"{prefix}*"):
+            version = path.name.removeprefix(prefix)
+            # Newer ones are staged already, and will be pushed.
+            is_old = version.isdecimal() and int(version) < newest_version
+            if is_old and path not in keep:
                 with contextlib.suppress(FileNotFoundError):  # another push was quicker
                     shutil.rmtree(path)
 

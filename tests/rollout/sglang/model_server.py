@@ -16,7 +16,6 @@ import codjax_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aiohttp import web
 from flax import nnx
 
 from codjax import models
