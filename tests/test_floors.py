@@ -50,6 +50,8 @@ FLOORS = {
     "codjax.build": 4,
     "codjax.memory": 4,
     "codjax.warmup": 4,
+    "codjax.policies": 4,
+    "codjax.parameters": 4,
     "codjax.evaluate": 4,
     "codjax.train": 4,
     "codjax.plan": 4,

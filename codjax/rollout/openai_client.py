@@ -32,7 +32,6 @@ from codjax.rollout.sglang.wire import BadAnswerError, error_text
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 10.0
-_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 15.0  # before the first retry, doubled for each further one
 
 
 class AgainError(SamplerError):
@@ -73,6 +72,8 @@ class EndpointSettings:
         max_in_flight: requests that are open at once.
         request_timeout_s: seconds of one request, from sending to the last byte.
         max_retries: tries of a request after its first.
+        backoff_s: seconds before the first of them; doubled for each further one.
+        max_backoff_s: longest of these pauses, unless the endpoint asks for a longer one.
     """
 
     url: str
@@ -83,6 +84,8 @@ class EndpointSettings:
     max_in_flight: int
     request_timeout_s: float
     max_retries: int
+    backoff_s: float = 0.5
+    max_backoff_s: float = 15.0
 
 
 def settings_from(url: str, endpoint: ConfigDict) -> EndpointSettings:
@@ -170,7 +173,8 @@ class Client:
                 except AgainError as error:
                     reason = error
             if num_tries <= limit:
-                pause_s = min(_BACKOFF_S * 2 ** (num_tries - 1), _MAX_BACKOFF_S)
+                longest = self._settings.backoff_s * 2 ** (num_tries - 1)
+                pause_s = min(longest, self._settings.max_backoff_s)
                 # Drawn, so that requests that failed together part.
                 await asyncio.sleep(max(pause_s * random.uniform(0.5, 1.0), reason.after_s))
         raise SamplerError(
