@@ -395,12 +395,9 @@ def test_runs_that_the_machinery_spoiled_are_left_out_and_counted():
 
 def test_entries_of_nothing_but_failures_are_reported_beside_others(tmp_path, capsys):
     player = SloppyPlayer(follows=True, writes_truth=True)
-    num_asked = 0
 
     def fails_later(prompt, rng):
-        nonlocal num_asked
-        num_asked += 1
-        if made.policy.sampler.num_requests > 40:
+        if made.policy.sampler.num_requests > 20:  # an entry takes at most 2 * (3 * 2 + 2)
             raise samplers.SamplerError("the server is gone")
         return player(prompt, rng)
 
@@ -408,12 +405,14 @@ def test_entries_of_nothing_but_failures_are_reported_beside_others(tmp_path, ca
     found = runs_of(made)
     report = {"checkpoint": "step 1", **evaluate._summary(made.config, made.chat, found)}
     report["ladder"] = {}
-    counts = {name: entry["dropped_packs"] for name, entry in report["tasksets"].items()}
-    assert counts["lake"] == 2 or counts["ralph_full"] == 2
-    assert 0 in counts.values()
+    dropped = [entry["dropped_packs"] for entry in report["tasksets"].values()]
+    assert 0 in dropped
+    assert 2 in dropped
+    empty = report["tasksets"][list(report["tasksets"])[dropped.index(2)]]
+    assert (empty["num_packs"], empty["positions"]) == (0, [])
     evaluate._write(tmp_path, report, {"step 1": found})
     evaluate.show(report)
-    assert "step 1: lake" in capsys.readouterr().out
+    assert "step 1: lake" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_evaluation_of_nothing_but_failures_is_one_error():
@@ -484,8 +483,11 @@ def test_an_endpoint_plays_as_the_model_behind_it(kind, tmp_path, monkeypatch):
     """The same rewards as the script behind the endpoint, in process, and no key in any file."""
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
     player = SloppyPlayer(follows=True, writes_truth=True)
-    # Of the request's seed only what fits into 31 bits is sent: a script without chance.
-    sure = lambda prompt, rng: player(prompt, random.Random(prompt))  # noqa: E731
+    # Of the request's seed only what fits into 31 bits is sent, so the script draws from none.
+
+    def sure(prompt, rng):
+        return player(prompt, random.Random(prompt))
+
     config = tiny(**{"evaluation.endpoint.api_key_variable": "MY_KEY"})
     with served(FakeEndpoint(sure, SYMBOLS, kind=kind, api_key="sk-very-secret")) as endpoint:
         endpoint.faults = [429, "truncated", None, 500]
@@ -517,10 +519,7 @@ def test_the_chat_route_plays_full_texts(tmp_path):
     first, second = entry["positions"]
     assert first["hint_parse_frac"] == 1.0
     assert first["format_error"] == second["format_error"] == 0.0
-    assert (
-        second["hint_tokens"] == len("\n".join(["### hints", "try up"]))
-        or second["hint_tokens"] > 0
-    )
+    assert second["hint_tokens"] > first["hint_tokens"]
     assert ("system", "user", "assistant", "user") in roles
 
 
