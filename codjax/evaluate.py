@@ -171,6 +171,7 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     policy, candidates = _asked(config, chat, checkpoint, workdir)
     evaluator = Evaluator(config=config, chat=chat, tasksets=tasksets, policy=policy)
     runs = evaluator.run(candidates)
+    _warn_of_failures(runs)
     (label, trajectories), *others = runs.items()
     report: dict[str, Any] = {"checkpoint": label, **_summary(config, chat, trajectories)}
     for base, base_trajectories in others:
@@ -351,6 +352,21 @@ def _check_any_succeeded(entries: Sequence[Sequence[types.Trajectory]]) -> None:
         f"all {len(runs)} runs failed, so that there is nothing to report; the last one by "
         f"{': '.join([str(last.failure), *words])}"
     )
+
+
+def _warn_of_failures(runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]]) -> None:
+    """Says which entries are means over fewer runs than were asked for."""
+    for label, entries in runs.items():
+        for name, trajectories in entries.items():
+            num_failed = sum(trajectory.failure is not None for trajectory in trajectories)
+            if num_failed:
+                _logger.warning(
+                    "%s, %s: %d of %d runs failed and are left out (dropped_packs in eval.json).",
+                    label,
+                    name,
+                    num_failed,
+                    len(trajectories),
+                )
 
 
 def _swapped_hints(donors: Sequence[types.Trajectory]) -> list[runner.HintOverride]:

@@ -375,7 +375,7 @@ def test_the_summary_is_over_packs(runs):
     assert [p["format_error"] for p in positions] == [0.0] * 3
 
 
-def test_runs_that_the_machinery_spoiled_are_left_out_and_counted():
+def test_runs_that_the_machinery_spoiled_are_left_out_and_counted(caplog):
     player = SloppyPlayer(follows=True, writes_truth=True)
     seen = []
 
@@ -390,6 +390,8 @@ def test_runs_that_the_machinery_spoiled_are_left_out_and_counted():
     summary = evaluate._summary(made.config, made.chat, found)
     counts = [(e["num_packs"], e["dropped_packs"]) for e in summary["tasksets"].values()]
     assert sorted(counts) == [(3, 1)] + [(4, 0)] * 4
+    evaluate._warn_of_failures({"step 1": found})
+    assert "1 of 4 runs failed and are left out (dropped_packs in eval.json)." in caplog.text
     assert all(len(entry["positions"]) == 3 for entry in summary["tasksets"].values())
 
 

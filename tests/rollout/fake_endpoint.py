@@ -23,7 +23,7 @@ class FakeEndpoint:
 
     Attributes:
         models: names that it lists, or None: it has no list.
-        faults: what to do to the next generations: a status, a name of `_spoil`, or None.
+        faults: what to do to the next generations: a status, a fault of `spoiled`, None.
         always: the same for all others.
         headers: of answers with a status.
         text: of those answers.
@@ -136,15 +136,23 @@ def spoiled(answer, fault):
             choice["finish_reason"] = "tool_calls"
         case "aborted":
             choice["finish_reason"] = "abort"
+        case _:
+            spoil_ids(choice, fault)
+    return answer
+
+
+def spoil_ids(choice, fault):
+    match fault:
         case "no tokens":
             choice["token_ids"] = []
         case "too many tokens":
             choice["token_ids"] *= 1000
         case "float tokens":
             choice["token_ids"] = [1.0]
+        case "negative tokens":
+            choice["token_ids"] = [-1]
         case "other prompt":
             choice["prompt_token_ids"] = [1, 2]
-    return answer
 
 
 def error(status, message, headers=None):

@@ -222,7 +222,7 @@ def test_a_template_that_hides_messages_needs_completions():
 
 PASSING = [429, 500, 502, 503, 408, "closed", "truncated", "no object", "no choices"]
 PASSING += ["choice is text", "null", "number", "no reason", "tools", "aborted"]
-OF_IDS = ["no tokens", "too many tokens", "float tokens", "other prompt"]
+OF_IDS = ["no tokens", "too many tokens", "float tokens", "negative tokens", "other prompt"]
 
 
 @pytest.mark.parametrize("route", ["completions", "chat"])
@@ -345,13 +345,19 @@ def test_a_known_context_limits_what_is_asked_for():
 
 
 def test_another_tokenizer_is_found_out():
-    cases = [
-        ({"text": "hi", "token_ids": [97]}, r"reads 'hi' in tokens in which .* reads 'a'; set it"),
-        ({"text": "a", "token_ids": [4000]}, r"token 4000, which the tokenizer of 259 tokens in t"),
-    ]
-    for choice, message in cases:
+    message = r"reads 'hi there' in tokens in which tokenizer.source reads 'a'; set it to the fold"
+    for ids in ([97], [97, END], [97, 4000]):  # the last is none of ours
         with pytest.raises(wire.OtherTokenizerError, match=message):
-            parsed(choice | {"finish_reason": "stop"})
+            parsed({"text": "hi there", "token_ids": ids, "finish_reason": "stop"})
+
+
+def test_texts_that_do_not_tell_tokenizers_apart():
+    cases = [("a b", "ab "), ("", "hi"), ("ab", "ab"), ("a\ufffd", "hi")]
+    for text, ours in cases:
+        ids = CHAT.respond(ours).tolist()
+        assert parsed({"text": text, "token_ids": ids, "finish_reason": "stop"}).has_ids
+    # An unused id of a vocabulary that was filled up to a round number.
+    assert len(parsed({"text": "a", "token_ids": [97, 300], "finish_reason": "length"}).tokens) == 2
 
 
 # Finding the model.
