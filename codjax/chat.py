@@ -82,6 +82,7 @@ class Chat:
         self._short_tokens = functools.lru_cache(_CACHED_TEXTS)(self._tokenize_content)
         self._open_user, self._close_user, written = self._extension()
         self._contents = _without_control(tokenizer, written, name=name)
+        self._control = _control_tokens(tokenizer, written)
         self.vocab_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.end_of_turn = int(self._open_user[0])
         eos = tokenizer.eos_token_id
@@ -116,6 +117,47 @@ class Chat:
         opening = self._open_user[1:] if ends else self._open_user
         content = self._content(observation)
         return np.concatenate([prompt, response, opening, content, self._close_user])
+
+    def messages(self, prompt: np.ndarray) -> list[Message]:
+        """The conversation that a prompt of `encode` and `extend` holds, for those who take texts.
+
+        Contents hold no control tokens and the template's pieces do, so a prompt falls apart in one
+        way only. Where the template opens an answer with an empty thinking part, that is left out.
+
+        Args:
+            prompt: int32 `[n]`, of a conversation that begins with a system and a user message.
+
+        Raises:
+            ValueError: the template does not mark where a message ends, or the prompt is not
+                made of its pieces.
+        """
+        head, to_user, ask = self._pieces_of(("system", "user"))
+        answered = self._pieces_of(("system", "user", "assistant", "user"))[2]
+        asking = sorted((ask, answered, self._close_user), key=len, reverse=True)
+        follows = {"system": [to_user], "user": asking, "assistant": [self._open_user]}
+        if not np.array_equal(prompt[: len(head)], head):
+            raise ValueError("the prompt does not begin as the template does.")
+        found, role, start = [], "system", len(head)
+        while role != "assistant" or start < len(prompt):
+            end, after = self._border(prompt, start, follows[role])
+            found.append(Message(role, self.decode(prompt[start:end])))
+            role, start = "assistant" if role == "user" else "user", after
+        return found
+
+    def _border(
+        self, prompt: np.ndarray, start: int, pieces: Sequence[np.ndarray]
+    ) -> tuple[int, int]:
+        """(end of the content that begins at `start`, end of the piece behind it)."""
+        ends = start + np.flatnonzero(np.isin(prompt[start:], self._control))
+        for piece in pieces:
+            marks = np.flatnonzero(np.isin(piece, self._control))
+            if not len(marks):
+                raise ValueError("the template does not mark where every message ends.")
+            begin = int(ends[0] - marks[0]) if len(ends) else -1
+            stop = begin + len(piece)
+            if begin >= start and np.array_equal(prompt[begin:stop], piece):
+                return begin, stop
+        raise ValueError("a message of the prompt does not end as the template ends it.")
 
     def respond(self, text: str) -> np.ndarray:
         """The int32 tokens of a model's turn that says `text`, with its end of turn."""
@@ -294,6 +336,18 @@ def _byte_letter(byte: int) -> str:
     if byte in printable:
         return chr(byte)
     return chr(256 + [other for other in range(256) if other not in printable].index(byte))
+
+
+def _control_tokens(tokenizer: Any, written: set[int]) -> np.ndarray:
+    """int32 ids that no content holds; see `_without_control`."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    control = {
+        token_id
+        for token_id, token in added.items()
+        if token.special or (token_id in written and not token.content.isspace())
+    }
+    # An unknown character of a content may well become the unknown token.
+    return np.array(sorted(control - {tokenizer.unk_token_id}), np.int32)
 
 
 def _without_control(tokenizer: Any, written: set[int], *, name: str) -> Any:

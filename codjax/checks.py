@@ -31,6 +31,10 @@ class WriteError(Exception):
     """A disk failed or is full; the message is one line, and the same command goes on."""
 
 
+class EvaluationError(Exception):
+    """Nothing came of an evaluation that could be reported; the message is one line."""
+
+
 class StalledError(Exception):
     """Something that was awaited did not come in time; the message is one line."""
 

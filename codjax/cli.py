@@ -5,9 +5,9 @@ are imported only then, so that a mistake is answered at once.
 
 Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
 and how to mend it; 3 a metric became nan or infinite; 130 interrupted; 1 anything else, with a
-traceback, or in one line where a disk failed during a conversion. A run that SIGTERM stopped, with
-a checkpoint, ends with 0, or with CODJAX_STOP_STATUS where that is set: launchers that start again
-whatever has failed set it (docs/launch.md).
+traceback, or in one line where a disk failed during a conversion or every run of an evaluation
+failed. A run that SIGTERM stopped, with a checkpoint, ends with 0, or with CODJAX_STOP_STATUS where
+that is set: launchers that start again whatever has failed set it (docs/launch.md).
 """
 
 from __future__ import annotations
@@ -28,12 +28,24 @@ from ml_collections import ConfigDict
 
 import codjax
 from codjax import checks, config_files, validation
-from codjax.checks import ConfigError, NonFiniteMetricError, StoppedError, WriteError
+from codjax.checks import (
+    ConfigError,
+    EvaluationError,
+    NonFiniteMetricError,
+    StoppedError,
+    WriteError,
+)
+from codjax.validation import tasks
 
 SUCCESS, FAILURE, BAD_USAGE, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
 STOPPED = 143  # by SIGTERM; what the process then ends with is `_stop_status`
 STOP_STATUS = "CODJAX_STOP_STATUS"  # a variable of the environment
-_IN_ONE_LINE = {ConfigError: BAD_USAGE, NonFiniteMetricError: NOT_FINITE, WriteError: FAILURE}
+_IN_ONE_LINE = {
+    ConfigError: BAD_USAGE,
+    NonFiniteMetricError: NOT_FINITE,
+    WriteError: FAILURE,
+    EvaluationError: FAILURE,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +100,7 @@ def _status(args: list[str]) -> int:
     program = " ".join(["codjax", *args[:1]] if args and args[0] in COMMANDS else ["codjax"])
     try:
         return _answer(args)
-    except (ConfigError, NonFiniteMetricError, WriteError) as error:
+    except tuple(_IN_ONE_LINE) as error:
         _write(f"{program}: {error}\n", to=sys.stderr)
         _tell_others(args, error)
         return next(status for kind, status in _IN_ONE_LINE.items() if isinstance(error, kind))
@@ -208,10 +220,13 @@ def _eval(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
     _check_workdir(options["workdir"])
     which = options["checkpoint"]
     is_step = which in ("latest", "base") or which.isdecimal()
-    if not is_step and not pathlib.Path(which).is_dir():
+    if tasks.is_address(which):
+        tasks.check_address(which)
+    elif not is_step and not pathlib.Path(which).is_dir():
         raise ConfigError(
-            "--checkpoint must be latest, base, a step, or the folder of a run, of a step "
-            f"(DIR/checkpoints/50) or of a Hugging Face model; got {which!r}."
+            "--checkpoint must be latest, base, a step, the folder of a run, of a step "
+            "(DIR/checkpoints/50) or of a Hugging Face model, or the address of an endpoint "
+            f"(http://host:8000/v1); got {which!r}."
         )
     if not config.evaluation.matrix:
         raise ConfigError(
@@ -435,7 +450,7 @@ COMMANDS = {
                 name="checkpoint",
                 default="latest",
                 placeholder="WHICH",
-                help="latest, base (before training), a step, or a folder",
+                help="latest, base (before training), a step, a folder, or http://host:port/v1",
             ),
         ),
     ),

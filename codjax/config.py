@@ -84,6 +84,7 @@ def default_config() -> ConfigDict:
             "top_k": 0,  # 0: all of the vocabulary
             "seed": 1,  # of the sampler; hidden worlds follow from the pack's members alone
             "compare_base": True,  # also evaluate step 0, for the plot and the table
+            "endpoint": _endpoint(),
         }
     )
     config.metrics = ConfigDict(
@@ -369,6 +370,23 @@ def _optimizer(*, learning_rate: float) -> ConfigDict:
             # "full": a number a parameter | "factored": one a row and one a column of each matrix
             # (Adafactor), which saves 4 bytes a parameter; see codjax/optim.py
             "second_moment": "full",
+        }
+    )
+
+
+def _endpoint() -> ConfigDict:
+    """How `codjax eval --checkpoint=http://host:port/v1` asks; docs/evaluation.md."""
+    return ConfigDict(
+        {
+            "model": config_dict.placeholder(str),  # unset: the only one that the endpoint lists
+            # "completions" (token ids go there, and come back if it can) | "chat" (messages, text)
+            "route": "completions",
+            # Name of the environment variable with the API key; unset: none is sent, so that no
+            # key goes to an address by accident.
+            "api_key_variable": config_dict.placeholder(str),
+            "max_in_flight": 64,  # requests that are open at once
+            "request_timeout_s": 600.0,  # of one request; a long answer of a busy server takes long
+            "max_retries": 5,  # of a request, after 429, 5xx, no or a broken answer
         }
     )
 

@@ -1,7 +1,7 @@
 """Reward by position on held-out packs: `codjax eval`.
 
-    load parameters → run every entry of `config.evaluation.matrix` → means and intervals per
-    position → eval.json, a table, a plot, a few packs to read
+    find who is asked (parameters, or an endpoint) → run every entry of `config.evaluation.matrix`
+    → means and intervals per position → eval.json, a table, a plot, a few packs to read
 
 The protocol is that of training, one run per pack. Hidden worlds follow from the members of a
 pack, so two checkpoints meet the same worlds and can be compared pack by pack.
@@ -25,42 +25,27 @@ from ml_collections import ConfigDict
 
 from codjax import (
     build,
-    checkpoints,
     checks,
     distributed,
-    learner,
     metrics,
     models,
     packs,
+    parameters,
     plots,
+    policies,
     seeds,
-    sharding,
+    serving,
     types,
     validation,
     workdirs,
 )
 from codjax import chat as chats
 from codjax.envs import ladder
-from codjax.rollout import engine, runner
+from codjax.rollout import runner
 from codjax.rollout import episode as episodes_lib
+from codjax.validation import tasks
 
 _logger = logging.getLogger(__name__)
-
-# What a checkpoint cannot tell by its shapes, and must be as in training.
-_SAME = (
-    "tokenizer",
-    "model.source",
-    "model.num_layers",
-    "model.hidden_size",
-    "model.intermediate_size",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.rope_theta",
-    "model.norm_eps",
-    "model.tie_embeddings",
-)
-_SAME_EXPERTS = ("model.experts_per_token", "model.norm_topk_prob")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,10 +55,34 @@ class Evaluator:
     config: ConfigDict
     chat: chats.Chat
     tasksets: Mapping[str, build.TaskSet]
-    sampler: engine.Engine
+    policy: policies.Policy
 
-    def run(self, params: learner.Params) -> dict[str, list[types.Trajectory]]:
-        """Trajectories of every entry of the matrix under these parameters, one per pack."""
+    def run(self, candidates: Mapping[str, Any]) -> dict[str, dict[str, list[types.Trajectory]]]:
+        """Trajectories of every candidate in every entry of the matrix, one per pack.
+
+        Args:
+            candidates: label → parameters for the policy to load.
+
+        Raises:
+            EvaluationError: no run came to its end.
+        """
+        return asyncio.run(self._run(candidates))
+
+    async def _run(
+        self, candidates: Mapping[str, Any]
+    ) -> dict[str, dict[str, list[types.Trajectory]]]:
+        # One event loop for all of it: connections belong to the loop that they were made in.
+        runs = {}
+        try:
+            await self.policy.open()
+            for label, params in candidates.items():
+                _logger.info("Evaluating %s.", label)
+                runs[label] = await self._run_matrix(params)
+        finally:
+            await self.policy.close()
+        return runs
+
+    async def _run_matrix(self, params: Any) -> dict[str, list[types.Trajectory]]:
         matrix = self.config.evaluation.matrix
         found: dict[str, list[types.Trajectory]] = {}
         plain: dict[str, list[types.Trajectory]] = {}
@@ -83,25 +92,26 @@ class Evaluator:
             twin = json.dumps([entry.taskset, entry.mode, entry.pack_size, entry.num_packs])
             if entry.condition == "hint_swapped":
                 if twin not in plain:
-                    plain[twin] = self._run_entry(params, entry, [])
+                    plain[twin] = await self._run_entry(params, entry, [])
+                    _check_any_succeeded([*found.values(), plain[twin]])
                 hints = _swapped_hints(plain[twin])
-                found[name] = self._run_entry(params, entry, hints) if hints else []
+                found[name] = await self._run_entry(params, entry, hints) if hints else []
             elif entry.condition == "hint_blanked":
-                found[name] = self._run_entry(params, entry, [], blanks_hints=True)
+                found[name] = await self._run_entry(params, entry, [], blanks_hints=True)
             else:
-                found[name] = plain[twin] = self._run_entry(params, entry, [])
+                found[name] = plain[twin] = await self._run_entry(params, entry, [])
+            _check_any_succeeded(list(found.values()))
         return {name: found[name] for name in entry_names(self.config)}
 
-    def _run_entry(
+    async def _run_entry(
         self,
-        params: learner.Params,
+        params: Any,
         entry: ConfigDict,
         overrides: list[runner.HintOverride],
         *,
         blanks_hints: bool = False,
     ) -> list[types.Trajectory]:
-        # Anew for every entry, so that none depends on what the others left in the cache.
-        self.sampler.load_weights(params, policy_version=0)
+        await self.policy.load(params)
         taskset = self.tasksets[entry.taskset]
         settings = dataclasses.replace(
             episodes_lib.settings_from(
@@ -114,21 +124,19 @@ class Evaluator:
         )
         all_packs = distributed.share(entry_packs(entry, taskset))
         overrides = distributed.share(overrides)
-        # As many at once as the sampler has slots: each run then finds its own prefix again.
-        at_once, trajectories = self.config.engine.num_slots, []
+        at_once = self.policy.num_at_once or max(len(all_packs), 1)
+        trajectories: list[types.Trajectory] = []
         for begin in range(0, len(all_packs), at_once):
             part = slice(begin, begin + at_once)
-            groups = asyncio.run(
-                runner.run_packs(
-                    all_packs[part],
-                    group_size=1,
-                    tasksets={taskset.name: taskset.rules()},
-                    sampler=self.sampler,
-                    chat=self.chat,
-                    settings=settings,
-                    seed=seeds.derive_seed(self.config.evaluation.seed, "evaluation"),
-                    hint_overrides=overrides[part] if overrides else None,
-                )
+            groups = await runner.run_packs(
+                all_packs[part],
+                group_size=1,
+                tasksets={taskset.name: taskset.rules()},
+                sampler=self.policy.sampler,
+                chat=self.chat,
+                settings=settings,
+                seed=seeds.derive_seed(self.config.evaluation.seed, "evaluation"),
+                hint_overrides=overrides[part] if overrides else None,
             )
             trajectories += [trajectory for (trajectory,) in groups]
         return distributed.merge(distributed.gather(trajectories))
@@ -140,7 +148,8 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     Args:
         config: of the run.
         checkpoint: "latest", "base" (step 0), a step, or a folder: of a run, of an Orbax step, or
-            of a Hugging Face model, converted or not.
+            of a Hugging Face model, converted or not; or the address of an endpoint, as
+            "http://host:8000/v1".
         workdir: of the run.
 
     Returns:
@@ -148,6 +157,8 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
 
     Raises:
         checkpoints.CheckpointError: there is no such checkpoint.
+        ConfigError: the endpoint cannot be asked.
+        EvaluationError: no run came to its end.
     """
     validation.validate(config)
     folder = pathlib.Path(workdir)
@@ -157,17 +168,15 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
     distributed.check_equal(str(checkpoint), "--checkpoint")
     if distributed.on_main(lambda: _prepare_if_there(folder)):
         distributed.check_shared(folder)
-    model, mesh, evaluator = distributed.on_all(lambda: _parts(config))
-    candidates = _candidates(config, model, mesh, checkpoint, workdir)
-    runs = {}
-    for label, params in candidates.items():
-        _logger.info("Evaluating %s.", label)
-        alone = distributed.num_processes() == 1
-        runs[label] = evaluator.run(params if alone else distributed.local_weights(params))
+    chat, tasksets = distributed.on_all(lambda: _played(config))
+    policy, candidates = _asked(config, chat, checkpoint, workdir)
+    evaluator = Evaluator(config=config, chat=chat, tasksets=tasksets, policy=policy)
+    runs = evaluator.run(candidates)
+    _warn_of_failures(runs)
     (label, trajectories), *others = runs.items()
-    report: dict[str, Any] = {"checkpoint": label, **_summary(config, evaluator.chat, trajectories)}
+    report: dict[str, Any] = {"checkpoint": label, **_summary(config, chat, trajectories)}
     for base, base_trajectories in others:
-        report["base"] = {"checkpoint": base, **_summary(config, evaluator.chat, base_trajectories)}
+        report["base"] = {"checkpoint": base, **_summary(config, chat, base_trajectories)}
     report["ladder"] = _ladders(config)
     if distributed.is_main():
         workdirs.prepare(folder)
@@ -184,19 +193,40 @@ def _prepare_if_there(folder: pathlib.Path) -> bool:
     return folder.exists()
 
 
-def _parts(config: ConfigDict) -> tuple[models.Decoder, jax.sharding.Mesh, Evaluator]:
-    """What the config describes, but for the parameters."""
+def _played(config: ConfigDict) -> tuple[chats.Chat, dict[str, build.TaskSet]]:
+    """What is played, and in which tokens."""
     chat = chats.load_chat(config.tokenizer.source)
+    names = dict.fromkeys(entry.taskset for entry in config.evaluation.matrix.values())
+    return chat, build.load_tasksets(config, list(names))
+
+
+def _asked(
+    config: ConfigDict, chat: chats.Chat, checkpoint: str | int, workdir: str
+) -> tuple[policies.Policy, dict[str, Any]]:
+    """Who plays, and the parameters to load there, by label."""
+    if tasks.is_address(str(checkpoint)):
+        address = str(checkpoint)
+        tasks.check_address(address)
+        endpoint = distributed.on_all(
+            lambda: policies.Endpoint(address, config.evaluation.endpoint, chat)
+        )
+        return endpoint, {endpoint.label: None}
+    model, mesh, policy = distributed.on_all(lambda: _parts(config, chat, workdir))
+    return policy, parameters.find(config, model, mesh, checkpoint, workdir)
+
+
+def _parts(
+    config: ConfigDict, chat: chats.Chat, workdir: str
+) -> tuple[models.Decoder, jax.sharding.Mesh, policies.Policy]:
+    """What the config describes, but for the parameters."""
     model = build.make_model(config, chat)
     mesh = build.make_mesh(config, model)
-    names = dict.fromkeys(entry.taskset for entry in config.evaluation.matrix.values())
-    evaluator = Evaluator(
-        config=config,
-        chat=chat,
-        tasksets=build.load_tasksets(config, list(names)),
-        sampler=build.make_engine(config, model, distributed.sampling_mesh(mesh)),
-    )
-    return model, mesh, evaluator
+    if config.rollout.sampler == "engine":
+        made = build.make_engine(config, model, distributed.sampling_mesh(mesh))
+        return model, mesh, policies.InProcess(made, num_at_once=config.engine.num_slots)
+    # Not the run's own folder: it may be training meanwhile.
+    folder = pathlib.Path(workdir) / "evaluation"
+    return model, mesh, policies.Served(serving.make(config, model, mesh, folder=folder))
 
 
 def entry_names(config: ConfigDict) -> list[str]:
@@ -316,90 +346,32 @@ def _show_packs(runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]]) ->
         console.print(pack_text(trajectories[0]), markup=False, highlight=False)
 
 
-def _candidates(
-    config: ConfigDict,
-    model: models.Decoder,
-    mesh: jax.sharding.Mesh,
-    checkpoint: str | int,
-    workdir: str,
-) -> dict[str, learner.Params]:
-    """Parameters to evaluate by label: the checkpoint asked for, then the base model.
-
-    Which they are is decided on one process: another may have an older list of the same folder.
-    """
-    workdir, text, is_run = distributed.on_main(lambda: _where(str(checkpoint), workdir))
-    if not is_run:
-        folder = pathlib.Path(workdir)
-        with checks.reading("--checkpoint"):
-            published = models.from_pretrained(
-                folder,
-                dtype=config.model.dtype,
-                param_dtype=config.model.param_dtype,
-                place=sharding.place(mesh),
-            )
-        _check_same_model(folder, published, model)
-        return {workdir: build.params_of(published)}
-    same = _SAME + (_SAME_EXPERTS if model.config.num_experts else ())
-    distributed.on_main(lambda: workdirs.check_same(pathlib.Path(workdir), config, same))
-    store = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
-    like = build.abstract_params(model, mesh)
-    try:
-        steps = distributed.on_main(lambda: _steps_of(text, store, workdir, config))
-        return {f"step {step}": store.restore_params(step, like) for step in steps}
-    finally:
-        store.close()
+def _check_any_succeeded(entries: Sequence[Sequence[types.Trajectory]]) -> None:
+    """Raises if every run so far failed: the others would as well, after long waits."""
+    runs = [run for entry in entries for run in entry]
+    if not runs or any(run.failure is None for run in runs):
+        return
+    last = runs[-1]
+    words = [episode.feedback for episode in last.episodes[-1:] if episode.feedback]
+    raise checks.EvaluationError(
+        f"all {len(runs)} runs failed, so that there is nothing to report; the last one by "
+        f"{': '.join([str(last.failure), *words])}"
+    )
 
 
-def _where(checkpoint: str, workdir: str) -> tuple[str, str, bool]:
-    """The folder that holds a checkpoint, which one of it, and whether it is that of a run."""
-    folder = pathlib.Path(checkpoint)
-    if (folder / "checkpoints").is_dir():  # of another run
-        return checkpoint, "latest", True
-    if (folder / "config.json").exists():  # published weights
-        return checkpoint, "", False
-    if folder.is_dir() and folder.name.isdecimal():  # the folder of an Orbax step
-        return str(folder.resolve().parent.parent), folder.name, True
-    return workdir, checkpoint, True
-
-
-def _check_same_model(
-    folder: pathlib.Path, published: models.Decoder, model: models.Decoder
-) -> None:
-    """Weights alone do not tell the sizes of heads or the rotary base: those are the config's."""
-    found, wanted = published.config.to_hf(), model.config.to_hf()
-    # The longest text that is served changes no weight; a family may lack fields of another.
-    names = (found.keys() | wanted.keys()) - {"max_position_embeddings"}
-    different = sorted(name for name in names if found.get(name) != wanted.get(name))
-    if different:
-        raise checkpoints.CheckpointError(
-            f"{folder} holds another model than the config's: {', '.join(different)} differ; set "
-            "config.model to the sizes in its config.json, or config.model.source to the folder."
-        )
-
-
-def _steps_of(
-    text: str, store: checkpoints.Checkpoints, workdir: str, config: ConfigDict
-) -> list[int]:
-    """The step that was asked for, and step 0 if it is to be compared with that."""
-    step = _step_of(text, store, workdir)
-    has_base = config.evaluation.compare_base and step != 0 and 0 in store.steps()
-    return [step, 0] if has_base else [step]
-
-
-def _step_of(text: str, store: checkpoints.Checkpoints, workdir: str) -> int:
-    latest = store.latest_step()
-    if latest is None:
-        raise checkpoints.CheckpointError(
-            f"{workdir} holds no finished checkpoint; train first: codjax train --workdir={workdir}"
-        )
-    if text in ("latest", "base"):
-        return latest if text == "latest" else 0
-    if not text.isdecimal():
-        raise checkpoints.CheckpointError(
-            "--checkpoint must be latest, base, a step, or the folder of a run, of a step "
-            f"(DIR/checkpoints/50) or of a Hugging Face model; got {text!r}."
-        )
-    return int(text)
+def _warn_of_failures(runs: Mapping[str, Mapping[str, Sequence[types.Trajectory]]]) -> None:
+    """Says which entries are means over fewer runs than were asked for."""
+    for label, entries in runs.items():
+        for name, trajectories in entries.items():
+            num_failed = sum(trajectory.failure is not None for trajectory in trajectories)
+            if num_failed:
+                _logger.warning(
+                    "%s, %s: %d of %d runs failed and are left out (dropped_packs in eval.json).",
+                    label,
+                    name,
+                    num_failed,
+                    len(trajectories),
+                )
 
 
 def _swapped_hints(donors: Sequence[types.Trajectory]) -> list[runner.HintOverride]:

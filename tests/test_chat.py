@@ -144,6 +144,47 @@ def test_thinking_is_switched_off_where_the_template_knows_it():
     )
 
 
+def test_messages_are_what_a_prompt_was_made_of(by_bytes):
+    for contents in (
+        ("s", "u"),
+        ("", ""),
+        (HOSTILE, "é\n", "a", HOSTILE),
+        ("s", "u", "", "", "b", "v"),
+    ):
+        asked = conversation(*contents)
+        assert by_bytes.messages(by_bytes.encode(asked)) == asked
+
+
+def test_messages_of_an_extended_prompt(by_bytes):
+    first = by_bytes.encode(conversation("s", "u"))
+    for response in (by_bytes.respond(HOSTILE), by_bytes.respond(HOSTILE)[:-1]):  # ended, or cut
+        extended = by_bytes.extend(first, response, "v")
+        assert by_bytes.messages(extended) == conversation("s", "u", HOSTILE, "v")
+    assert by_bytes.messages(by_bytes.extend(first, first[:0], "v"))[2].content == ""
+
+
+def test_messages_leave_out_a_thinking_part_of_the_template():
+    thinks = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    tokens = with_template(
+        chat.CHATML.replace("assistant\n{% endif %}", f"assistant\n{thinks}{{% endif %}}")
+    )
+    asked = conversation("s", "u", "a", "v")
+    assert tokens.messages(tokens.encode(asked)) == asked
+    extended = tokens.extend(tokens.encode(asked[:2]), tokens.respond("a"), "v")
+    assert tokens.messages(extended) == asked
+
+
+def test_what_is_no_prompt_has_no_messages(by_bytes, by_symbols):
+    prompt = by_bytes.encode(conversation("s", "u"))
+    with pytest.raises(ValueError, match="does not mark where every message ends"):
+        by_symbols.messages(by_symbols.encode(conversation("ab", "c")))
+    with pytest.raises(ValueError, match="does not begin as the template does"):
+        by_bytes.messages(prompt[1:])
+    for part in (prompt[:-1], prompt[:9], by_bytes.extend(prompt, prompt[:0], "v")[:-20]):
+        with pytest.raises(ValueError, match="does not end as the template ends it"):
+            by_bytes.messages(part)
+
+
 LOOP = "{% for message in messages %}"
 MOVES_SYSTEM = (  # as some published ones: the system prompt stands in the last user message
     LOOP + "{% if message.role == 'user' %}<|im_start|>"

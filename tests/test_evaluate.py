@@ -1,14 +1,27 @@
 """Evaluation: what it writes, what its controls do to hints, and which checkpoints it finds."""
 
+import asyncio
 import json
 import pathlib
+import random
 import re
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from codjax import build, checkpoints, cli, config_files, evaluate, models, train, types
+from codjax import (
+    build,
+    checkpoints,
+    checks,
+    cli,
+    config_files,
+    evaluate,
+    models,
+    policies,
+    train,
+    types,
+)
 from codjax import chat as chats
 from codjax import config as config_lib
 from codjax.envs import frozen_lake_compact as lake
@@ -16,6 +29,7 @@ from codjax.envs import ladder
 from codjax.rollout import sampler as samplers
 from codjax.rollout import scripted
 from codjax.warmup import SloppyPlayer
+from tests.rollout.fake_endpoint import FakeEndpoint, served
 
 TESTS = pathlib.Path(__file__).parent
 TINY = TESTS / "tiny.py"
@@ -189,8 +203,8 @@ def test_what_cannot_be_found_is_said_in_one_line(workdir, tmp_path, capsys):
         (["--checkpoint=7"], workdir, "holds no step 7; there are [0, 1, 2]."),
         ([], tmp_path / "nowhere", "holds no checkpoints; train first: codjax train --workdir="),
         ([], tmp_path / "empty", "holds no finished checkpoint; train first: codjax train --work"),
-        (["--checkpoint=newest"], workdir, "a step, or the folder of a run, of a step (DIR/"),
-        ([f"--checkpoint={tmp_path}"], workdir, "--checkpoint must be latest, base, a step, or"),
+        (["--checkpoint=newest"], workdir, "a step, the folder of a run, of a step (DIR/"),
+        ([f"--checkpoint={tmp_path}"], workdir, "--checkpoint must be latest, base, a step, the"),
     ]
     for flags, folder, message in cases:
         args = ["eval", f"--config={TINY}", f"--workdir={folder}", *flags]
@@ -207,12 +221,18 @@ def test_what_cannot_be_found_is_said_in_one_line(workdir, tmp_path, capsys):
 def evaluator(script, **changes):
     config = tiny(**changes)
     chat = chats.load_chat(config.tokenizer.source)
+    sampler = scripted.ScriptedSampler(scripted.speaks(script, chat))
     return evaluate.Evaluator(
         config=config,
         chat=chat,
         tasksets=build.load_tasksets(config, ["lake_test"]),
-        sampler=scripted.ScriptedSampler(scripted.speaks(script, chat)),
+        policy=policies.InProcess(sampler, num_at_once=config.engine.num_slots),
     )
+
+
+def runs_of(made):
+    """Trajectories of the one candidate, a script, by entry."""
+    return made.run({"script": None})["script"]
 
 
 def with_packs(num_packs, pack_size=3):
@@ -225,7 +245,7 @@ def with_packs(num_packs, pack_size=3):
 @pytest.fixture(scope="module")
 def runs():
     """Trajectories of a player that acts on its hints and notes what is true."""
-    return evaluator(SloppyPlayer(follows=True, writes_truth=True), **with_packs(60)).run(None)
+    return runs_of(evaluator(SloppyPlayer(follows=True, writes_truth=True), **with_packs(60)))
 
 
 def solves(trajectory):
@@ -279,7 +299,7 @@ def test_swapped_hints_need_no_undisturbed_entry():
     with made.config.evaluation.matrix.unlocked():
         for name in ("lake", "hint_blanked", "ralph_sample", "ralph_full"):
             del made.config.evaluation.matrix[name]
-    (trajectories,) = made.run(None).values()
+    (trajectories,) = runs_of(made).values()
     assert [hints(t)[0] for t in trajectories] == [NULL_HINT] * 4
     assert {hint for t in trajectories for hint in hints(t)} != {NULL_HINT}
 
@@ -289,7 +309,7 @@ def test_entries_meet_the_same_worlds(runs):
     assert len(set(seeds)) == 60
     for name in ("hint_blanked", "hint_swapped"):
         assert [t.pack.seed for t in runs[name]] == seeds
-    again = evaluator(SloppyPlayer(follows=False, writes_truth=False), **with_packs(5)).run(None)
+    again = runs_of(evaluator(SloppyPlayer(follows=False, writes_truth=False), **with_packs(5)))
     assert [t.pack.seed for t in again["lake"]] == seeds[:5]
 
 
@@ -307,14 +327,14 @@ def test_more_packs_than_slots_are_run_in_parts():
     """4 slots: 10 packs are 3 parts, and the outcome of a pack does not depend on its part."""
     player = SloppyPlayer(follows=True, writes_truth=True)
     made = evaluator(player, **with_packs(10))
-    found = made.run(None)
-    assert made.sampler.peak_in_flight == 4
+    found = runs_of(made)
+    assert made.policy.sampler.peak_in_flight == 4
     wide = evaluator(player, **with_packs(10), **{"engine.num_slots": 64})
-    for name, trajectories in wide.run(None).items():
+    for name, trajectories in runs_of(wide).items():
         assert [t.episodes for t in map(without_turns, trajectories)] == [
             t.episodes for t in map(without_turns, found[name])
         ]
-    assert wide.sampler.peak_in_flight == 10
+    assert wide.policy.sampler.peak_in_flight == 10
 
 
 def without_turns(trajectory):
@@ -355,7 +375,7 @@ def test_the_summary_is_over_packs(runs):
     assert [p["format_error"] for p in positions] == [0.0] * 3
 
 
-def test_runs_that_the_machinery_spoiled_are_left_out_and_counted():
+def test_runs_that_the_machinery_spoiled_are_left_out_and_counted(caplog):
     player = SloppyPlayer(follows=True, writes_truth=True)
     seen = []
 
@@ -366,24 +386,180 @@ def test_runs_that_the_machinery_spoiled_are_left_out_and_counted():
         return player(prompt, rng)
 
     made = evaluator(fails_once, **with_packs(4))
-    found = made.run(None)
+    found = runs_of(made)
     summary = evaluate._summary(made.config, made.chat, found)
     counts = [(e["num_packs"], e["dropped_packs"]) for e in summary["tasksets"].values()]
     assert sorted(counts) == [(3, 1)] + [(4, 0)] * 4
+    evaluate._warn_of_failures({"step 1": found})
+    assert "1 of 4 runs failed and are left out (dropped_packs in eval.json)." in caplog.text
     assert all(len(entry["positions"]) == 3 for entry in summary["tasksets"].values())
 
 
-def test_a_report_of_nothing_but_failures(tmp_path, capsys):
+def test_entries_of_nothing_but_failures_are_reported_beside_others(tmp_path, capsys):
+    player = SloppyPlayer(follows=True, writes_truth=True)
+
+    def fails_later(prompt, rng):
+        if made.policy.sampler.num_requests > 20:  # an entry takes at most 2 * (3 * 2 + 2)
+            raise samplers.SamplerError("the server is gone")
+        return player(prompt, rng)
+
+    made = evaluator(fails_later, **with_packs(2))
+    found = runs_of(made)
+    report = {"checkpoint": "step 1", **evaluate._summary(made.config, made.chat, found)}
+    report["ladder"] = {}
+    dropped = [entry["dropped_packs"] for entry in report["tasksets"].values()]
+    assert 0 in dropped
+    assert 2 in dropped
+    empty = report["tasksets"][list(report["tasksets"])[dropped.index(2)]]
+    assert (empty["num_packs"], empty["positions"]) == (0, [])
+    evaluate._write(tmp_path, report, {"step 1": found})
+    evaluate.show(report)
+    assert "step 1: lake" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_evaluation_of_nothing_but_failures_is_one_error():
+    """After the first entry: the others would fail as well."""
+
+    def fails(prompt, rng):
+        raise samplers.SamplerError("the server is gone.")
+
+    made = evaluator(fails, **with_packs(2))
+    message = r"^all 2 runs failed, so that there .* by sampler_failed: the server is gone\.$"
+    with pytest.raises(checks.EvaluationError, match=message):
+        made.run({"script": None})
+    assert made.policy.sampler.num_requests == 2
+
+
+class Watched:
+    """A policy that notes what is done with it, and in which event loop."""
+
+    num_at_once = 3
+
+    def __init__(self, sampler):
+        self.sampler, self.calls, self.loops = sampler, [], set()
+
+    def note(self, call):
+        self.calls.append(call)
+        self.loops.add(asyncio.get_running_loop())
+
+    async def open(self):
+        self.note("open")
+
+    async def load(self, params):
+        self.note(params)
+
+    async def close(self):
+        self.note("close")
+
+
+def test_a_policy_is_opened_loaded_and_closed_in_one_loop():
+    made = evaluator(SloppyPlayer(follows=True, writes_truth=True), **with_packs(4))
+    policy = Watched(made.policy.sampler)
+    watched = evaluate.dataclasses.replace(made, policy=policy)
+    found = watched.run({"new": 1, "old": 0})
+    assert list(found) == ["new", "old"]
+    assert policy.calls == ["open", *[1] * 5, *[0] * 5, "close"]  # before every entry
+    assert len(policy.loops) == 1
+    assert policy.sampler.peak_in_flight == 3
+
+
+def test_a_policy_is_closed_when_something_fails():
     def fails(prompt, rng):
         raise samplers.SamplerError("the server is gone")
 
     made = evaluator(fails, **with_packs(2))
-    with made.config.evaluation.matrix.unlocked():
-        del made.config.evaluation.matrix["hint_swapped"]  # has no hints to take
-    found = made.run(None)
-    report = {"checkpoint": "step 1", **evaluate._summary(made.config, made.chat, found)}
-    report["ladder"] = {}
-    assert report["tasksets"]["lake"]["positions"] == []
-    evaluate._write(tmp_path, report, {"step 1": found})
-    evaluate.show(report)
-    assert "step 1: lake" in capsys.readouterr().out
+    policy = Watched(made.policy.sampler)
+    with pytest.raises(checks.EvaluationError):
+        evaluate.dataclasses.replace(made, policy=policy).run({"new": 1})
+    assert policy.calls == ["open", 1, "close"]
+
+
+# Endpoints.
+
+SYMBOLS = chats.load_chat("builtin:symbols")
+PLAYER = SloppyPlayer(follows=True, writes_truth=True)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "somebody"])
+def test_an_endpoint_plays_as_the_model_behind_it(kind, tmp_path, monkeypatch):
+    """The same rewards as the script behind the endpoint, in process, and no key in any file."""
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    player = SloppyPlayer(follows=True, writes_truth=True)
+
+    def sure(prompt, rng):
+        # Of the request's seed only what fits into 31 bits is sent.
+        return player(prompt, random.Random(prompt))
+
+    config = tiny(**{"evaluation.endpoint.api_key_variable": "MY_KEY"})
+    with served(FakeEndpoint(sure, SYMBOLS, kind=kind, api_key="sk-very-secret")) as endpoint:
+        endpoint.faults = [429, "truncated", None, 500]
+        report = evaluate.main(config, endpoint.url, str(tmp_path))
+    assert report["checkpoint"] == f"tiny at {endpoint.url}"
+    assert list(report) == ["checkpoint", "tasksets", "ladder"]  # no base, whatever compare_base
+    assert json.loads((tmp_path / "eval.json").read_text()) == report
+    made = evaluator(sure)
+    expected = evaluate._summary(made.config, made.chat, runs_of(made))
+    assert report["tasksets"] == expected["tasksets"]
+    for path in tmp_path.rglob("*"):
+        assert b"very-secret" not in path.read_bytes()
+
+
+def test_the_chat_route_plays_full_texts(tmp_path):
+    made = config_lib.default_config()
+    made.tokenizer.source = "builtin:bytes"
+    made.tasksets.lake = config_lib.taskset(env="frozen_lake_obscure", split="test", num_records=8)
+    made.rollout.tasksets = ("lake",)
+    made.batching.row_length = 12000
+    made.rollout.max_response_tokens = 200
+    made.evaluation.endpoint.route = "chat"
+    made.evaluation.matrix.lake = config_lib.evaluation(taskset="lake", pack_size=2, num_packs=3)
+    with served(FakeEndpoint(wordy, chats.load_chat("builtin:bytes"), kind="somebody")) as endpoint:
+        report = evaluate.main(made, endpoint.url, str(tmp_path))
+        roles = {tuple(m["role"] for m in body["messages"]) for body in endpoint.bodies}
+        systems = [body["messages"][0]["content"] for body in endpoint.bodies]
+    entry = report["tasksets"]["lake"]
+    assert (entry["num_packs"], entry["dropped_packs"]) == (3, 0)
+    first, second = entry["positions"]
+    assert first["hint_parse_frac"] == 1.0
+    assert first["format_error"] == second["format_error"] == 0.0
+    assert sum("try up" in text for text in systems) >= 3  # of the second tasks
+    assert ("system", "user", "assistant", "user") in roles
+
+
+def wordy(prompt, rng):
+    if "## Record of the latest task" in prompt:
+        return "=== BEGIN NEW HINTS ===\ntry up\n=== END NEW HINTS ==="
+    return f"Well. <answer>Direction {rng.randint(1, 4)}</answer>"
+
+
+def test_what_an_endpoint_cannot_do_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with served(FakeEndpoint(PLAYER, SYMBOLS, models=["a", "b"])) as endpoint:
+        section = "--config.evaluation.endpoint."
+        cases = [
+            ([], 2, "evaluation.endpoint.model must be a model of http://127.0.0.1:"),
+            ([f"{section}model=c"], 2, "which lists a, b; got 'c'"),
+            ([f"{section}api_key_variable=MY_KEY"], 2, "is not set, is empty, or is no single li"),
+            ([f"{section}route=chat", f"{section}model=a"], 2, "route must be completions with th"),
+            ([f"{section}model=b"], 1, "all 6 runs failed, so that there is nothing to report; th"),
+        ]
+        for flags, status, message in cases:
+            endpoint.always = 400
+            address = f"--checkpoint={endpoint.url}"
+            args = ["eval", f"--config={TINY}", f"--workdir={tmp_path}", address, *flags]
+            assert cli.main(args) == status
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert message in error
+    assert not (tmp_path / "eval.json").exists()
+    for address, message in (
+        ("http://me:secret@host/v1", "must hold no user and password"),
+        ("http://", "must be an address as http://host:8000/v1"),
+        ("http://host:port/v1", "must be an address as http://host:8000/v1"),
+        ("https://host/v1?key=1", "must be an address as http://host:8000/v1"),
+    ):
+        args = ["eval", f"--config={TINY}", f"--workdir={tmp_path}", f"--checkpoint={address}"]
+        assert cli.main(args) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "secret" not in error

@@ -52,6 +52,8 @@ FLOORS = {
     "codjax.rollouts": 4,
     "codjax.serving": 4,
     "codjax.warmup": 4,
+    "codjax.policies": 4,
+    "codjax.parameters": 4,
     "codjax.evaluate": 4,
     "codjax.train": 4,
     "codjax.plan": 4,

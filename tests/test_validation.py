@@ -162,6 +162,16 @@ WRONG = [
     ({"evaluation.temperature": -1.0}, r"evaluation\.temperature must be at least 0: 0 is greedy"),
     ({"evaluation.top_p": 0.0}, r"evaluation\.top_p must be in \(0, 1\]: .*; got 0\.0\."),
     ({"evaluation.top_k": -1}, r"evaluation\.top_k must be at least 0: 0 keeps all tokens; got -1"),
+    ({"evaluation.endpoint.route": "text"}, r"evaluation\.endpoint\.route must be one of complet"),
+    ({"evaluation.endpoint.model": ""}, r"evaluation\.endpoint\.model must say one: it names a m"),
+    ({"evaluation.endpoint.max_in_flight": 0}, r"endpoint\.max_in_flight must be at least 1: it "),
+    ({"evaluation.endpoint.request_timeout_s": 0.0}, r"request_timeout_s must be above 0"),
+    ({"evaluation.endpoint.max_retries": -1}, r"endpoint\.max_retries must be at least 0: it co"),
+    (
+        {"evaluation.endpoint.api_key_variable": "sk-very-secret"},
+        r"api_key_variable must be the name of a variable of the environment, as OPENAI_API_KEY: "
+        r"the key itself belongs into that variable, not here\.$",
+    ),
     ({"evaluation.matrix.cod.taskset": "tests"}, r"matrix\.cod\.taskset .*\(did you mean test\?\)"),
     ({"evaluation.matrix.cod.mode": "best"}, r"evaluation\.matrix\.cod\.mode must be one of cod, "),
     ({"evaluation.matrix.cod.condition": "blank"}, r"matrix\.cod\.condition must be one of none, "),
@@ -243,6 +253,7 @@ def test_every_config_file_loads_and_validates(path, tmp_path):
         ("credit.baseline", "codjax.credit", "BASELINES"),
         ("credit.reweight", "codjax.credit", "REWEIGHT_MODES"),
         ("credit.reweight_group", "codjax.scoring", "RED_GROUPS"),
+        ("evaluation.endpoint.route", "codjax.rollout.openai_wire", "ROUTES"),
     ],
 )
 def test_names_are_those_of_the_table_that_looks_them_up(key, module, table):

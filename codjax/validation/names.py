@@ -35,6 +35,7 @@ NAMES = {
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "optimizer.momentum_dtype": ("float32", "bfloat16"),
     "optimizer.second_moment": ("full", "factored"),
+    "evaluation.endpoint.route": ("completions", "chat"),
     "warmup.optimizer.schedule": ("constant", "cosine", "linear"),
     "warmup.optimizer.momentum_dtype": ("float32", "bfloat16"),
     "warmup.optimizer.second_moment": ("full", "factored"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import urllib.parse
+
 from ml_collections import ConfigDict
 
 from codjax import checks
@@ -46,6 +49,7 @@ def check_evaluation(config: ConfigDict) -> None:
     checks.require(ok, "evaluation.top_p", "be in (0, 1]", "it is a probability", evaluation.top_p)
     checks.at_least(evaluation, "evaluation.top_k", 0, "0 keeps all tokens")
     checks.at_least(evaluation, "evaluation.seed", 0, "seeds are hashed as such")
+    _check_endpoint(evaluation.endpoint)
     for name, entry in evaluation.matrix.items():
         key = f"evaluation.matrix.{name}"
         tasksets = tuple(config.tasksets)
@@ -64,6 +68,44 @@ def check_evaluation(config: ConfigDict) -> None:
             f"these packs take {_num_tasks(entry)}",
             entry.num_packs,
         )
+
+
+def is_address(checkpoint: str) -> bool:
+    """Whether `--checkpoint` is the address of an endpoint, and no checkpoint of ours."""
+    return checkpoint.startswith(("http://", "https://"))
+
+
+def check_address(checkpoint: str) -> None:
+    """The address of an endpoint, to which routes are appended."""
+    try:
+        parts = urllib.parse.urlsplit(checkpoint)
+        ok = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        ok, parts = False, urllib.parse.SplitResult("", "", "", "", "")
+    if "@" in parts.netloc:  # not shown: it may hold a password
+        raise checks.ConfigError(
+            "--checkpoint must hold no user and password: addresses are written into eval.json; "
+            "name the variable that holds the key with evaluation.endpoint.api_key_variable."
+        )
+    why = "routes such as /completions are appended to it"
+    checks.require(ok, "--checkpoint", "be an address as http://host:8000/v1", why, checkpoint)
+
+
+def _check_endpoint(endpoint: ConfigDict) -> None:
+    """Limits, and a variable that is a name and not the key itself."""
+    variable = endpoint.api_key_variable
+    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        # Not shown: it may be the key.
+        raise checks.ConfigError(
+            "evaluation.endpoint.api_key_variable must be the name of a variable of the "
+            "environment, as OPENAI_API_KEY: the key itself belongs into that variable, not here."
+        )
+    model = endpoint.model
+    why = "it names a model; leave it unset for the only one of the endpoint"
+    checks.require(model is None or model != "", "evaluation.endpoint.model", "say one", why, model)
+    checks.at_least(endpoint, "evaluation.endpoint.max_in_flight", 1, "it counts requests")
+    checks.positive(endpoint, "evaluation.endpoint.request_timeout_s")
+    checks.at_least(endpoint, "evaluation.endpoint.max_retries", 0, "it counts further tries")
 
 
 def check_tasksets(config: ConfigDict) -> None:
