@@ -41,8 +41,8 @@ from codjax import (
 )
 from codjax import chat as chats
 from codjax.envs import ladder
-from codjax.rollout import runner
 from codjax.rollout import episode as episodes_lib
+from codjax.rollout import runner
 from codjax.validation import tasks
 
 _logger = logging.getLogger(__name__)
