@@ -5,19 +5,20 @@ are imported only then, so that a mistake is answered at once.
 
 Exit status: 0 success; 2 bad usage or a bad config, with one line on stderr that says what is wrong
 and how to mend it; 3 a metric became nan or infinite; 130 interrupted; 1 anything else, with a
-traceback, or in one line where a disk failed during a conversion or every run of an evaluation
-failed. A run that SIGTERM stopped, with a checkpoint, ends with 0, or with CODJAX_STOP_STATUS where
-that is set: launchers that start again whatever has failed set it (docs/launch.md).
+traceback, or in one line where the world failed: a disk, servers, something awaited too long, every
+run of an evaluation. A run that SIGTERM stopped, with a checkpoint, ends with 0, or with
+CODJAX_STOP_STATUS where that is set: launchers that start again whatever has failed set it
+(docs/launch.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from codjax.checks import (
     ConfigError,
     EvaluationError,
     NonFiniteMetricError,
+    ServerError,
+    StalledError,
     StoppedError,
     WriteError,
 )
@@ -43,8 +46,10 @@ STOP_STATUS = "CODJAX_STOP_STATUS"  # a variable of the environment
 _IN_ONE_LINE = {
     ConfigError: BAD_USAGE,
     NonFiniteMetricError: NOT_FINITE,
-    WriteError: FAILURE,
     EvaluationError: FAILURE,
+    ServerError: FAILURE,
+    StalledError: FAILURE,
+    WriteError: FAILURE,
 }
 
 
@@ -86,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; None for those of the process.
     """
+    if argv is None:
+        _take_interrupts()
     status = _status(list(sys.argv[1:] if argv is None else argv))
     if "codjax.distributed" in sys.modules:
         from codjax import distributed
@@ -93,6 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What all do together ends with all; a failure leaves the others no choice.
         distributed.finish() if status in (SUCCESS, STOPPED) else distributed.leave(status)
     return _stop_status() if status == STOPPED else status
+
+
+def _take_interrupts() -> None:
+    """The first Ctrl-C ends the command in good order, the second at once."""
+
+    def end(*_: Any) -> None:
+        os.write(2, b"\ncodjax: interrupted twice; ended at once.\n")
+        os._exit(INTERRUPTED)
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, end)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _status(args: list[str]) -> int:
@@ -252,77 +274,16 @@ def _plan(config: ConfigDict, options: dict[str, Any], _: list[str]) -> int:
 
 
 def _data(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
-    """Samples as text on stdout, or rows as JSON lines in a file."""
-    name = options["taskset"]
-    if name is None:
-        raise ConfigError(f"--taskset=NAME must be given: one of {', '.join(config.tasksets)}.")
-    checks.choice("--taskset", name, config.tasksets, "among config.tasksets:")
-    if options["num"] < 1:
-        raise ConfigError(f"--num must be at least 1: it counts tasks; got {options['num']}.")
-    samples = _sample_tasks(config, name, options["num"])
-    if options["output"] is None:
-        for sample in samples:
-            _write(_sample_text(sample))
-        return
-    path = pathlib.Path(options["output"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(sample, ensure_ascii=False, sort_keys=True) + "\n" for sample in samples]
-    path.write_text("".join(lines), encoding="utf-8")
-    _write(f"wrote {len(samples)} tasks of {name} to {path}\n")
+    from codjax import data
+
+    _write(data.main(config, options["taskset"], num=options["num"], output=options["output"]))
 
 
-def _sample_tasks(config: ConfigDict, name: str, num: int) -> list[dict[str, Any]]:
-    """The first tasks of a task set, each as the first thing that an agent would see of it."""
-    from codjax import envs, packs, types
+def _serve(config: ConfigDict, options: dict[str, Any], _: list[str]) -> None:
+    _check_workdir(options["workdir"])
+    from codjax import serve
 
-    entry, data = config.tasksets[name], config.tasksets[name].data.to_dict()
-    num_records = min(entry.num_records or num, max(num, config.packs.size))
-    try:
-        envs.check(entry.env, entry.settings.to_dict(), data, entry.split, num_records)
-    except ValueError as error:
-        raise ConfigError(f"--num={num} asks for too many: {error}") from error
-    records = envs.load_records(entry.env, split=entry.split, num_records=num_records, data=data)
-    taskset_id = list(config.tasksets).index(name)
-    tasks = [
-        types.Task(taskset=name, taskset_id=taskset_id, index=index, record=record)
-        for index, record in enumerate(records)
-    ]
-    size = min(config.packs.size, len(tasks))
-    samples = []
-    for pack in packs.make_packs(tasks, size=size, mode="cod", pad_to_full=True):
-        for slot, (task, env_task_idx) in enumerate(
-            zip(pack.tasks, pack.env_task_indices, strict=True)
-        ):
-            env = envs.make(entry.env, **entry.settings.to_dict())
-            observation = env.reset(
-                task.record,
-                pack_seed=pack.seed,
-                slot=slot,
-                pack_size=size,
-                env_task_idx=env_task_idx,
-            )
-            samples.append(
-                {
-                    "taskset": name,
-                    "index": task.index,
-                    "pack_seed": pack.seed,
-                    "position": slot,
-                    "record": dict(task.record),
-                    "system_prompt": env.system_prompt,
-                    "observation": observation,
-                }
-            )
-    return samples[: min(num, len(tasks))]
-
-
-def _sample_text(sample: dict[str, Any]) -> str:
-    heading = "{taskset}, row {index}: position {position} of the pack with seed {pack_seed}"
-    return (
-        f"━━ {heading.format(**sample)} ━━\n"
-        f"record: {json.dumps(sample['record'], ensure_ascii=False)}\n"
-        f"── system prompt\n{sample['system_prompt']}\n"
-        f"── first observation\n{sample['observation']}\n\n"
-    )
+    serve.main(config, options["model"], options["workdir"])
 
 
 def _convert(_: None, options: dict[str, Any], __: list[str]) -> None:
@@ -453,6 +414,25 @@ COMMANDS = {
                 help="latest, base (before training), a step, a folder, or http://host:port/v1",
             ),
         ),
+    ),
+    "serve": Command(
+        summary="Starts the SGLang servers of server.local and keeps them up, for runs elsewhere.",
+        run=_serve,
+        flags=(
+            Flag(
+                name="workdir",
+                default=None,
+                placeholder="DIR",
+                help="folder for their logs, DIR/servers",
+            ),
+            Flag(
+                name="model",
+                default=None,
+                placeholder="DIR",
+                help="Hugging Face folder to start from; model.source unless given",
+            ),
+        ),
+        epilogue="SIGTERM or Ctrl-C ends them. Needs SGLang, and neither JAX nor a checkpoint.",
     ),
     "plan": Command(
         summary="Compiles the train step for a TPU slice without one: memory, time floor, advice.",

@@ -249,7 +249,8 @@ def _server() -> ConfigDict:
     return ConfigDict(
         {
             # Addresses of servers that run already, "http://10.0.0.2:30000"; with several
-            # processes, server i belongs to process i mod N. Empty: `local` ones are started.
+            # processes, server i belongs to process i mod N. Empty: `local` ones are started. With
+            # both, `codjax serve` starts the local ones, and a run uses these.
             "urls": (),
             # An sglang-router before `urls`, through which answers are asked for; weights, pauses
             # and scores go to `urls`.

@@ -30,7 +30,7 @@ from codjax import build, checks, distributed, learner, models, seeds
 from codjax.models import hf_tensors
 from codjax.rollout import engine
 from codjax.rollout import sampler as samplers
-from codjax.rollout.sglang import fleet, replicas, settings, weights
+from codjax.rollout.sglang import fleet, processes, replicas, settings, weights
 
 _PROBE_TOKENS = 32
 
@@ -133,9 +133,7 @@ class Servers:
             settings.push_settings(config.server),
             _expected(config, model),
             run_id=self._run_id,
-            local=settings.process_settings(
-                config.server, model_folder=self._folder, log_folder=folder / "servers"
-            ),
+            local=_local(config, model_folder=self._folder, log_folder=folder / "servers"),
         )
         self._probe = _probe_tokens(model.config.vocab_size)
         self._score = jax.jit(
@@ -208,6 +206,17 @@ def _urls(config: ConfigDict) -> tuple[str, ...]:
         tuple(config.server.urls),
     )
     return urls or settings.local_urls(config.server)
+
+
+def _local(
+    config: ConfigDict, *, model_folder: pathlib.Path, log_folder: pathlib.Path
+) -> list[processes.ProcessSettings]:
+    """Servers to start; none where others run already."""
+    if config.server.urls:
+        return []
+    return settings.process_settings(
+        config.server, model_folder=model_folder, log_folder=log_folder
+    )
 
 
 def _expected(config: ConfigDict, model: models.Decoder) -> replicas.ExpectedModel:

@@ -9,11 +9,10 @@ starts itself (docs/servers.md has this for several machines):
 
     CUDA_VISIBLE_DEVICES=0,1,2,3 codjax train --config=configs/frozen_lake_qwen3_8b_servers.py \\
         --workdir=runs/lake_8b --config.model.source=DIR/Qwen3-8B \\
-        --config.tokenizer.source=DIR/Qwen3-8B --config.server.local.num=4 \\
-        --config.server.local.first_gpu=4 --config.server.urls="()" \\
-        --config.server.weights_folder=/dev/shm/lake_8b
+        --config.tokenizer.source=DIR/Qwen3-8B --config.server.weights_folder=/dev/shm/lake_8b
 
 With servers that run already, on other machines: --config.server.urls="('http://10.0.0.2:30000',)".
+Nothing of this size has run: no GPU was at hand.
 """
 
 import pathlib
@@ -28,5 +27,12 @@ def get_config():
     config.rollout.sampler = "sglang"
     config.rollout.max_staleness = 20
     config.rollout.in_flight_updates = True
-    config.server.urls = ("http://127.0.0.1:30000",)  # give your own
+    config.server.local.num = 4
+    config.server.local.first_gpu = 4
+    # SGLang lives in an environment of its own (docs/servers.md).
+    config.server.local.arguments = (
+        "--skip-tokenizer-init",
+        "--mem-fraction-static=0.85",
+        "--context-length=12288",
+    )
     return config

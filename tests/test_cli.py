@@ -111,7 +111,7 @@ def test_eval_and_bench_call_their_functions(config_file, calls):
 
 
 WRONG = [
-    ([], "codjax: no command was given; the commands are train, eval, plan, data, "),
+    ([], "codjax: no command was given; the commands are train, eval, serve, plan, "),
     (["trian"], "codjax: there is no command trian (did you mean train?); the commands are"),
     (["train"], "codjax train: --config=FILE.py must be given, for example --config=configs/"),
     (["train", "--config"], "codjax train: --config=FILE.py must be given, "),

@@ -50,6 +50,8 @@ FLOORS = {
     "codjax.build": 4,
     "codjax.memory": 4,
     "codjax.rollouts": 4,
+    "codjax.serve": 4,
+    "codjax.data": 4,
     "codjax.serving": 4,
     "codjax.warmup": 4,
     "codjax.policies": 4,

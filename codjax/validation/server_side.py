@@ -81,11 +81,11 @@ def check_server(config: ConfigDict) -> None:
     if config.rollout.sampler != "sglang":
         return
     checks.require(
-        bool(server.urls) != bool(server.local.num),
+        bool(server.urls) or bool(server.local.num),
         "server.urls",
-        "name servers, or server.local.num say how many to start, and not both",
+        "name servers that run, or server.local.num say how many to start",
         "rollout.sampler is sglang",
-        (tuple(server.urls), server.local.num),
+        tuple(server.urls),
     )
     for key in ("api_key_variable", "admin_api_key_variable"):
         name = server[key]
@@ -161,7 +161,7 @@ def _check_local(server: ConfigDict) -> None:
         tuple(taken),
     )
     checks.require(
-        local.num == 0 or server.route == "disk",
+        local.num == 0 or len(server.urls) > 0 or server.route == "disk",
         "server.route",
         'be "disk" with server.local',
         "local servers are started from the folder of the newest weights",

@@ -154,7 +154,9 @@ async def serve(settings: Iterable[processes.ProcessSettings], stop: asyncio.Eve
         await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            _logger.info("%d servers are ready.", len(pool.processes))
+            _logger.info(
+                "%d servers are ready: %s.", len(pool.processes), ", ".join(pool.processes)
+            )
             await pool.watch(stop)
     finally:
         await _cancelled(starting, stopped)

@@ -174,8 +174,9 @@ class Replicas:
         if replica.aside is None:
             _logger.warning("Server %s is set aside: %s.", replica.url, reason.rstrip("."))
             self.num_set_aside += 1
-            replica.aside, replica.aside_since = reason.rstrip("."), time.monotonic()
+            replica.aside_since = time.monotonic()
             self._notify()
+        replica.aside = reason.rstrip(".")  # the newest reason is what is in its way
 
     async def readmit(self, url: str, *, policy_version: int) -> None:
         """Its weights are those of `policy_version`: it serves from now on, or goes on serving.
@@ -221,7 +222,8 @@ class Replicas:
         """
         replicas = [self.of(url) for url in urls]
         for replica in replicas:
-            self.set_aside(replica.url, "it was drained")
+            if replica.aside is None:
+                self.set_aside(replica.url, "it was drained")
         drains = (self._drain(replica) for replica in replicas)
         errors = await asyncio.gather(*drains, return_exceptions=True)
         for error in filter(None, errors):

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from codjax.checks import WriteError
+from codjax.checks import ServerError, WriteError
 from codjax.rollout.sglang import tensor_bytes
 
 Layout: TypeAlias = tuple[np.dtype, tuple[int, ...]]  # of a tensor: dtype, shape
@@ -36,7 +36,7 @@ _TABLE, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _CHECKED = 2**22  # values whose finiteness is looked at together; they stay in the cache
 
 
-class WeightsError(ValueError):
+class WeightsError(ServerError):
     """Weights that must not be served, or not by this route; no server was called."""
 
 

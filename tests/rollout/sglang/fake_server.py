@@ -237,7 +237,7 @@ class FakeServer:
         if fault is Fault.ABORT_BEFORE_SPANS:
             cut = 1
         reason = {"type": "length", "length": budget}
-        script = self.script(ids)
+        script = self.script_of(ids, sampling)
         while len(running.tokens) < budget:
             while self._waits(running):
                 await self._changed.wait()
@@ -274,6 +274,11 @@ class FakeServer:
                 "output_token_logprobs": [[logprob, token, None] for logprob, token in entries],
             },
         }
+
+    def script_of(self, ids, sampling):
+        """What it says after a text."""
+        del sampling
+        return self.script(ids)
 
     def scored(self, ids):
         """Log-probs of the tokens of a text; nothing predicts the first."""

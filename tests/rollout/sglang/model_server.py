@@ -29,16 +29,16 @@ class ModelServer(FakeServer):
 
     Attributes:
         token_s: pause after each token, for a test that acts while answers are under way.
+        is_deaf: says that it took weights, and did not.
     """
 
     def __init__(self, folder, *, port=0, token_s=0.0, context_length=48):
         model = load(folder)
         self.graphdef, self.params = nnx.split(model)
         self.rng = np.random.default_rng(0)
-        self.token_s = token_s
-        super().__init__(
-            self.sample, vocab_size=model.config.vocab_size, weight_version="default", port=port
-        )
+        self.token_s, self.is_deaf = token_s, False
+        size = model.config.vocab_size
+        super().__init__(vocab_size=size, weight_version="default", port=port)
         self.context_length = context_length
         self.distribution([0])  # compiled before the first request
 
@@ -48,12 +48,14 @@ class ModelServer(FakeServer):
         tokens[0, : len(ids)] = ids
         return np.asarray(log_softmax(self.graphdef, self.params, tokens))[: len(ids)]
 
-    def sample(self, ids):
-        """Yields tokens at temperature 1; new weights are felt at the next one."""
+    def script_of(self, ids, sampling):
+        """Samples at temperature 1, or greedily at 0; new weights are felt at the next token."""
         ids = list(ids)
         while True:
             logprobs = self.distribution(ids)[-1]
             weights = np.exp(logprobs.astype(np.float64))
+            if sampling["temperature"] == 0:
+                weights = logprobs == logprobs.max()
             token = int(self.rng.choice(len(weights), p=weights / weights.sum()))
             yield token, float(logprobs[token])
             ids.append(token)
@@ -67,7 +69,8 @@ class ModelServer(FakeServer):
         await asyncio.sleep(self.token_s)
 
     async def _from_disk(self, request):
-        self.params = nnx.split(load((await request.json())["model_path"]))[1]
+        if not self.is_deaf:
+            self.params = nnx.split(load((await request.json())["model_path"]))[1]
         return await super()._from_disk(request)
 
 
