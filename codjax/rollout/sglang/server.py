@@ -10,7 +10,6 @@ Nothing here is tried twice: whether and where to try again is the sampler's bus
 from __future__ import annotations
 
 import dataclasses
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -273,7 +272,7 @@ class ServerClient:
     async def _update(self, route: str, body: dict[str, Any]) -> None:
         answer = await self._post_json(route, body, self._settings.weights_timeout_s)
         if not (isinstance(answer, dict) and answer.get("success") is True):
-            text = wire.error_text(json.dumps(answer))
+            text = wire.error_text(wire.encoded(answer).decode())
             message = f"{self.url}{route} did not succeed: {text}"
             raise RefusedError(message, status=200, text=text)
 
@@ -300,12 +299,13 @@ class ServerClient:
     async def _request(self, method: str, route: str, body: Any, timeout_s: float) -> bytes:
         """The bytes of a 200; everything else is one of the three errors."""
         where = f"{self.url}{route}"
+        data = None if body is None else wire.encoded(body)
         timeout = aiohttp.ClientTimeout(
             total=timeout_s, sock_connect=self._settings.connect_timeout_s
         )
         try:
             async with self._session.request(
-                method, where, json=body, headers=self._headers(route), timeout=timeout
+                method, where, data=data, headers=self._headers(route), timeout=timeout
             ) as response:
                 content = await response.read()
         except TimeoutError as error:
@@ -330,15 +330,16 @@ class ServerClient:
         raise RefusedError(message, status=response.status, text=text)
 
     def _headers(self, route: str) -> dict[str, str]:
-        """The key of the route; as the server does, the user's where there is no other."""
+        """Of a request; the key of a route is the user's where there is no other, as there."""
         settings = self._settings
         is_open = route == "/generate" or route.startswith(("/v1/", "/get_", "/model", "/server"))
         key = settings.api_key if is_open else settings.admin_api_key or settings.api_key
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Content-Type": "application/json"}
+        return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
     def _json(self, route: str, content: bytes) -> Any:
         try:
-            return json.loads(content)
+            return wire.decoded(content)
         except ValueError as error:
             raise NoAnswerError(
                 f"{self.url}{route} sent {len(content)} bytes that are no whole JSON"
