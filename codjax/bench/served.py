@@ -32,6 +32,7 @@ SCRIPTED, HTTP, BARE = "scripted sampler", "SGLangSampler", "bare HTTP exchange"
 FROZEN = "SGLangSampler, gc.freeze"
 # (prompt tokens, response tokens)
 MESSAGES = {"short": (100, 20), "long": (8000, 1000)}
+_NUM_IN_TURN = 4  # messages of a client, one after the other
 _RUN_ID = "bench"
 _ARCHITECTURE = "Qwen3ForCausalLM"
 _CONTEXT_TOKENS = 32_768
@@ -142,7 +143,12 @@ def rollouts(
 
 
 def messages(*, num_requests: int, latency_s: float, rounds: int) -> list[material.Row]:
-    """Requests of two sizes, all at once, through the sampler and as bare exchanges.
+    """Requests of two sizes through the sampler and as bare exchanges.
+
+    Args:
+        num_requests: that are open at once; each is sent again when it was answered, some times.
+        latency_s: seconds from a request to its answer.
+        rounds: to take medians of.
 
     Returns:
         A row for each: tokens and KiB of a request and its answer, seconds, calls per second,
@@ -175,15 +181,19 @@ def _messages(
     with _clients({scripted_server.ANY: [text]}, latency_s, vocab_size=_VOCAB_SIZE) as clients:
         generations: list[samplers.Generation] = []
 
+        async def in_turn(prompt: np.ndarray) -> samplers.Generation:
+            for _ in range(_NUM_IN_TURN):
+                generation = await clients.sampler.generate(prompt, params, seed=0)
+            return generation
+
         async def generate() -> None:  # a result would be shown by the event loop, which takes time
-            asked = (clients.sampler.generate(prompt, params, seed=0) for prompt in prompts)
-            generations[:] = await asyncio.gather(*asked)
+            generations[:] = await asyncio.gather(*map(in_turn, prompts))
 
         clients.runner.run(generate())
         for generation in generations:
             if not _is_same(generation.tokens, generation.logprobs, response):
                 raise RuntimeError(f"the {size} answers were not read as they were sent.")
-        chains = [[_body(prompt, num_response)] for prompt in prompts]
+        chains = [[_body(prompt, num_response)] * _NUM_IN_TURN for prompt in prompts]
         clients.post(chains)
         timings = material.in_turn(
             {HTTP: lambda: clients.runner.run(generate()), BARE: lambda: clients.post(chains)},
@@ -198,7 +208,7 @@ def _messages(
     return [
         {"variant": f"{size}, {name}"}
         | sizes
-        | _numbers(timing, num_requests)
+        | _numbers(timing, num_requests * _NUM_IN_TURN)
         | {"x_bare": timing.cpu_s / timings[BARE].cpu_s}
         for name, timing in timings.items()
     ]
