@@ -229,7 +229,8 @@ def test_the_rollout_layer_is_timed_per_call():
     ]
     for ours, bare in (messages[:2], messages[2:]):
         assert ours["calls"] == bare["calls"] == 3 * 4
-        assert ours["x_bare"] == ours["cpu_us_per_call"] / bare["cpu_us_per_call"]
+        cpu_us = [r["cpu_us_per_call"] for r in (ours, bare)]
+        assert ours["x_bare"] == pytest.approx(cpu_us[0] / cpu_us[1])
 
 
 def test_rollouts_that_are_not_the_same_are_not_compared():
