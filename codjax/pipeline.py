@@ -51,6 +51,8 @@ class Settings:
         in_flight_updates: whether new weights reach rollouts that are under way.
         max_concurrent: steps sampled at once, with `in_flight_updates`.
         sync_every: updates between two hand-overs of weights.
+        is_repeatable: whether equal weights sample equal steps, so that a checkpoint must not
+            leave a step to be begun again by other weights than it was begun with.
         deadline_s: longest wait for a rollout step, with its config key.
         deadline_key: of that.
     """
@@ -60,6 +62,7 @@ class Settings:
     in_flight_updates: bool
     max_concurrent: int
     sync_every: int
+    is_repeatable: bool
     deadline_s: float
     deadline_key: str
 
@@ -226,15 +229,15 @@ class Pipeline:
     def position(self) -> Position:
         """For a checkpoint, between `consumed` and `take`.
 
-        Without `in_flight_updates`, the step that is being sampled is waited for: begun again it
-        would be sampled by other weights.
+        Where a run can be repeated, a step that is being sampled by weights that are not the newest
+        is waited for: begun again, it would be sampled by others.
 
         Raises:
             StalledError, BaseException: as `take`.
         """
         begin, wait = time.monotonic(), self._wait("the rollout step that is being sampled")
         with self._changed:
-            while self._running and not self._settings.in_flight_updates:
+            while self._running and self._settings.is_repeatable and self._has_newer():
                 self._sleep(wait, since=begin)
             return Position(
                 num_trained=self._num_trained,
@@ -277,6 +280,10 @@ class Pipeline:
         if not self._changed.wait(min(left_s, longest_s)) and left_s <= longest_s:
             raise self._waits.stalled(wait, since=since)
         self._check()
+
+    def _has_newer(self) -> bool:
+        """Whether weights wait to be handed on."""
+        return self._offered is not None and self._offered[1] != self._loaded
 
     def _check(self) -> None:
         if self._error is not None:

@@ -125,6 +125,7 @@ def open_pipeline(
         in_flight_updates=rollout.in_flight_updates,
         max_concurrent=rollout.steps_at_once,
         sync_every=rollout.sync_every,
+        is_repeatable=rollout.sampler == "engine" and not rollout.in_flight_updates,
         deadline_s=rollout.deadline_s,
         deadline_key="rollout.deadline_s",
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -244,6 +245,8 @@ def _loop(
             if is_main and (step + 1) % config.metrics.packs_every_steps == 0:
                 trajectories.write(step + 1, groups, scored)
             bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
+            if step == start:  # all that lives for ever is there: collections need not visit it
+                gc.freeze()  # each took 0.15 s of every thread
             is_last = step + 1 == config.num_steps
             if (step + 1) % config.checkpoint.every_steps == 0 or is_last:
                 save(step + 1)

@@ -1,14 +1,27 @@
 """Benchmarks at toy size: they compare like with like, and say what they measured on."""
 
+import asyncio
 import json
 import os
+import urllib.error
+import urllib.request
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from codjax import bench, chat
-from codjax.bench import loss_head, material, rollouts, sampling, trainers, tunix_step, updates
+from codjax.bench import (
+    loss_head,
+    material,
+    rollouts,
+    sampling,
+    scripted_server,
+    served,
+    trainers,
+    tunix_step,
+    updates,
+)
 from codjax.checks import ConfigError
 
 # One step solves the last of four tasks now and then, so that there is something to learn.
@@ -22,7 +35,16 @@ TINY_LEARNER = {
     "row_length": 1280,
 }
 TINY_ENGINE = {**TINY_MODEL, "pack_size": 1, "group_size": 2, "max_turns": 2, "num_thoughts": 1}
-TINY_ROLLOUT = {"num_packs": 1, "group_size": 2, "pack_size": 2, "rounds": 2}
+TINY_ROLLOUT = {
+    "num_packs": 1,
+    "group_size": 2,
+    "pack_size": 2,
+    "rounds": 2,
+    "num_served_packs": 2,
+    "num_requests": 3,
+    "latency_s": 0.05,
+    "num_served_rounds": 1,
+}
 TINY_STEP = {
     "num_rows": 2,
     "row_length": 16,
@@ -178,10 +200,77 @@ def test_both_samplers_answer_the_same_and_one_feeds_less():
 
 
 def test_the_rollout_layer_is_timed_per_call():
-    (row,) = rollouts.bench(**TINY_ROLLOUT)
+    tables = rollouts.bench(**TINY_ROLLOUT)
+    assert list(tables) == ["rollout", "rollout, over HTTP", "rollout, messages"]
+    (row,), over_http, messages = tables.values()
     assert row["runs"] == 2
     assert 2 * (2 + 1) <= row["calls"] <= 2 * (4 + 1)  # one or two presses a task, one note between
     assert row["us_per_call"] == pytest.approx(1e6 * row["rollout_s"] / row["calls"])
+
+    in_process, ours, bare, frozen = over_http
+    assert [r["variant"] for r in over_http] == [
+        served.SCRIPTED,
+        served.HTTP,
+        served.BARE,
+        served.FROZEN,
+    ]
+    assert {r["calls"] for r in over_http} == {ours["calls"]}
+    assert 4 * (2 + 1) <= ours["calls"] <= 4 * (4 + 1)
+    assert {in_process["peak_in_flight"], ours["peak_in_flight"], bare["peak_in_flight"]} == {4}
+    for r in (ours, bare, frozen):  # the calls of a run wait for each other's answers
+        assert r["seconds"] > 0.05 * ours["calls"] / 4
+    assert 0 < ours["http_frac"] < 1
+    cpu_us = [r["cpu_us_per_call"] for r in (in_process, ours, bare)]
+    assert ours["x_bare"] == pytest.approx((cpu_us[1] - cpu_us[0]) / cpu_us[2])
+
+    assert [(r["prompt_tokens"], r["response_tokens"]) for r in messages] == [
+        *[(100, 20)] * 2,
+        *[(8000, 1000)] * 2,
+    ]
+    for ours, bare in (messages[:2], messages[2:]):
+        assert ours["calls"] == bare["calls"] == 3 * 4
+        cpu_us = [r["cpu_us_per_call"] for r in (ours, bare)]
+        assert ours["x_bare"] == pytest.approx(cpu_us[0] / cpu_us[1])
+
+
+def test_rollouts_that_are_not_the_same_are_not_compared():
+    config, chat_ = material.compact_config(num_tasks=2), chat.load_chat("builtin:symbols")
+    responses = served._responses(chat_)
+
+    def groups(responses):
+        sampler = served.scripted.ScriptedSampler(served._script(responses))
+        sizes = {"num_packs": 1, "pack_size": 2, "group_size": 1}
+        return asyncio.run(material.playing(config, chat_, sampler, **sizes))
+
+    served._check_same(groups(responses), groups(responses))
+    other = {
+        last: [r._replace(logprobs=r.logprobs - 1) for r in choices]
+        for last, choices in responses.items()
+    }
+    with pytest.raises(RuntimeError, match="not the same"):
+        served._check_same(groups(responses), groups(other))
+
+
+def test_the_scripted_server_answers_by_the_end_of_the_prompt_and_ends_with_its_block():
+    answers = {"9": ['{"nine":"RID"}'], scripted_server.ANY: ['{"even":"RID"}', '{"odd":"RID"}']}
+
+    def post(url, body):
+        with urllib.request.urlopen(f"{url}/generate", body.encode()) as answer:
+            return json.loads(answer.read())
+
+    with scripted_server.serving(answers, {"/ready": {"a": 1}}, latency_s=0.0) as server:
+        assert post(server.url, '{"rid":"r1","input_ids":[3,1],"x":[1]}') == {"even": "r1"}
+        assert post(server.url, '{"rid": "r2", "input_ids": [3, 2], "x": [1]}') == {"odd": "r2"}
+        assert post(server.url, '{"input_ids":[3,9],"rid":"r3"}') == {"nine": "r3"}
+        long = "[" + "7," * 100_000 + "2" * 8 + "]"  # comes in many pieces
+        assert post(server.url, f'{{"rid":"r4","input_ids":{long}}}') == {"odd": "r4"}
+        with urllib.request.urlopen(f"{server.url}/ready") as answer:
+            assert json.loads(answer.read()) == {"a": 1}
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{server.url}/unknown")
+        assert server.peak_in_flight() == 1
+    with pytest.raises(urllib.error.URLError):
+        server.peak_in_flight()
 
 
 def test_the_scripted_group_is_what_training_sees():

@@ -102,6 +102,15 @@ def config_of(env: str, *, num_tasks: int) -> ConfigDict:
     return config
 
 
+def compact_config(*, num_tasks: int) -> ConfigDict:
+    """The same of the compact environment, as tiny models are trained on it."""
+    config = config_of("frozen_lake_compact", num_tasks=num_tasks)
+    config.rollout.prompt_style = "compact"
+    config.rollout.max_response_tokens = 12
+    config.rollout.include_final_observation = True
+    return config
+
+
 def model_config(*, vocab_size: int, num_layers: int) -> dict[str, Any]:
     """Arguments of the decoder that the benchmarks run."""
     sizes = default_config().model.to_dict() | MODEL_SIZES | {"num_layers": num_layers}
@@ -130,21 +139,35 @@ def play(
     pack_size: int,
     group_size: int,
 ) -> list[Group]:
-    """G runs of the first packs of the config's task set."""
+    """G runs of the first packs of the config's task set, in an event loop of their own."""
+    playing_them = playing(
+        config, chat, sampler, num_packs=num_packs, pack_size=pack_size, group_size=group_size
+    )
+    return asyncio.run(playing_them)
+
+
+async def playing(
+    config: ConfigDict,
+    chat: chats.Chat,
+    sampler: samplers.Sampler,
+    *,
+    num_packs: int,
+    pack_size: int,
+    group_size: int,
+) -> list[Group]:
+    """As `play`, for a sampler that lives in an event loop."""
     tasks = build.load_tasksets(config, ("bench",))["bench"]
     cut = packs.make_packs(
         tasks.tasks(num_packs * pack_size), size=pack_size, mode="cod", pad_to_full=False
     )
-    return asyncio.run(
-        runner.run_packs(
-            cut,
-            group_size=group_size,
-            tasksets={"bench": tasks.rules()},
-            sampler=sampler,
-            chat=chat,
-            settings=rollout_settings.settings_from(config.rollout, keep_env_memory=False),
-            seed=0,
-        )
+    return await runner.run_packs(
+        cut,
+        group_size=group_size,
+        tasksets={"bench": tasks.rules()},
+        sampler=sampler,
+        chat=chat,
+        settings=rollout_settings.settings_from(config.rollout, keep_env_memory=False),
+        seed=0,
     )
 
 

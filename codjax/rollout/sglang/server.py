@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from codjax.rollout.sampler import SamplerError, SamplingParams
 from codjax.rollout.sglang import wire
 
 T = TypeVar("T")
+_LARGE = 2**16  # bytes of a request that are not sent at once
 
 
 class NoAnswerError(SamplerError):
@@ -260,7 +260,9 @@ class ServerClient:
         if version is not None:
             body["weight_version"] = version
         # In a thread: payloads are hundreds of MB, and other requests go on meanwhile.
-        await self._update("/update_weights_from_tensor", await asyncio.to_thread(_encoded, body))
+        await self._update(
+            "/update_weights_from_tensor", await asyncio.to_thread(wire.encoded, body)
+        )
 
     async def end_update(self) -> None:
         """Closes the session of `begin_update`."""
@@ -279,7 +281,7 @@ class ServerClient:
     async def _update(self, route: str, body: dict[str, Any] | bytes) -> None:
         answer = await self._post_json(route, body, self._settings.weights_timeout_s)
         if not (isinstance(answer, dict) and answer.get("success") is True):
-            text = wire.error_text(json.dumps(answer))
+            text = wire.error_text(wire.encoded(answer).decode())
             message = f"{self.url}{route} did not succeed: {text}"
             raise RefusedError(message, status=200, text=text)
 
@@ -309,17 +311,17 @@ class ServerClient:
         The body is anything that JSON can hold, or JSON already.
         """
         where = f"{self.url}{route}"
-        headers = self._headers(route)
-        data = None
-        if body is not None:  # a file is sent in pieces; bytes would hold up all else
-            data = io.BytesIO(body if isinstance(body, bytes) else _encoded(body))
-            headers["Content-Type"] = "application/json"
+        data: Any = None
+        if body is not None:
+            data = body if isinstance(body, bytes) else wire.encoded(body)
+            if len(data) > _LARGE:
+                data = io.BytesIO(data)  # a file is sent in pieces; bytes would hold up all else
         timeout = aiohttp.ClientTimeout(
             total=timeout_s, sock_connect=self._settings.connect_timeout_s
         )
         try:
             async with self._session.request(
-                method, where, data=data, headers=headers, timeout=timeout
+                method, where, data=data, headers=self._headers(route), timeout=timeout
             ) as response:
                 content = await response.read()
         except TimeoutError as error:
@@ -347,15 +349,16 @@ class ServerClient:
         raise RefusedError(message, status=response.status, text=text)
 
     def _headers(self, route: str) -> dict[str, str]:
-        """The key of the route; as the server does, the user's where there is no other."""
+        """Of a request; the key of a route is the user's where there is no other, as there."""
         settings = self._settings
         is_open = route == "/generate" or route.startswith(("/v1/", "/get_", "/model", "/server"))
         key = settings.api_key if is_open else settings.admin_api_key or settings.api_key
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Content-Type": "application/json"}
+        return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
     def _json(self, route: str, content: bytes) -> Any:
         try:
-            return json.loads(content)
+            return wire.decoded(content)
         except ValueError as error:
             raise NoAnswerError(
                 f"{self.url}{route} sent {len(content)} bytes that are no whole JSON"
@@ -367,7 +370,3 @@ class ServerClient:
             return parse(*args, **kwargs)
         except wire.BadAnswerError as error:
             raise type(error)(f"{self.url} cannot be believed: {error}") from error
-
-
-def _encoded(body: Any) -> bytes:
-    return json.dumps(body).encode()

@@ -67,7 +67,7 @@ def _spoil_tokens(answer, fault, vocab_size):
         case Fault.NULL_LOGPROB:
             entries[-1][0] = None
         case Fault.NAN_LOGPROB:
-            entries[-1][0] = float("nan")  # Python's parser reads the NaN that this becomes
+            entries[-1][0] = float("nan")
         case Fault.POSITIVE_LOGPROB:
             entries[-1][0] = 0.5
         case Fault.OUT_OF_VOCABULARY:

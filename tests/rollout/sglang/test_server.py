@@ -161,6 +161,7 @@ def test_an_update_that_did_not_succeed_is_refused():
         (Fault.CLOSED, NoAnswerError, "/generate: ServerDisconnectedError"),
         (Fault.LATE, NoAnswerError, r"/generate: no answer within 0\.1 s"),
         (Fault.TRUNCATED_JSON, NoAnswerError, "bytes that are no whole JSON"),
+        (Fault.NAN_LOGPROB, NoAnswerError, "bytes that are no whole JSON"),  # it has no nan
         (Fault.NULL_LOGPROB, wire.BadAnswerError, "cannot be believed: a log-prob is null"),
         (Fault.FOREIGN_VERSION, wire.WrongWeightsError, "cannot be believed: its weights are 'de"),
     ],

@@ -1,6 +1,7 @@
 """Bodies and answers of `/generate`, written out; every lie that an answer can tell."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -51,8 +52,9 @@ def parse(answer, **changes):
 
 
 def test_a_body_that_asks_for_a_response():
-    prompt = np.array([10, 11], np.int32)
-    assert wire.generate_body(prompt, PARAMS, rid="r", max_new_tokens=3) == {
+    prompt = np.array([10, 0, 11, 0], np.int32)[::2]  # every other one: not one piece of memory
+    body = wire.generate_body(prompt, PARAMS, rid="r", max_new_tokens=3)
+    assert json.loads(wire.encoded(body)) == {
         "rid": "r",
         "input_ids": [10, 11],
         "sampling_params": {
@@ -131,6 +133,9 @@ def test_tokens_of_older_weights_than_the_server_was_given_are_not_believed():
         (("meta_info", "finish_reason"), {"type": "stop", "matched": 237}, "stopped at 237"),
         (("meta_info", "finish_reason"), {"type": "tired"}, "for a reason that nobody asked for"),
         (("meta_info", "output_token_logprobs"), [-1.0, -1.0], "not lists of a log-prob and a"),
+        (("meta_info", "output_token_logprobs"), [[-1.0, 89], [-1.0]], "not lists of a log-prob"),
+        (("meta_info", "output_token_logprobs"), [[True, 89]], "a log-prob is null"),
+        (("meta_info", "output_token_logprobs"), [[-1.0, 89.0]], "the ids of its log-probs are"),
         (("meta_info", "weight_versions"), [], "do not cover its 3 tokens"),
         (("meta_info", "weight_versions"), [{"version": "run-4"}], "start should be int"),
     ],
