@@ -1,6 +1,7 @@
 """Runs that are killed, for real, go on as if they had not been."""
 
 import pathlib
+import random
 import re
 import signal
 import subprocess
@@ -66,6 +67,46 @@ def test_kill_9_at_any_moment(tmp_path, max_staleness):
     assert [row["step"] for row in rows(killed)] == list(range(1, num_steps + 1))
     assert lines_without_times(killed) == lines_without_times(whole)
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["0", "56", "60"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_an_asynchronous_run_that_is_killed_20_times(tmp_path):
+    """At moments that nobody chose; no rollout step is lost or trained on twice."""
+    rng, num_steps, log, workdir = random.Random(0), 1500, tmp_path / "log.txt", tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "codjax", "train", f"--config={TINY}", f"--workdir={workdir}"),
+        *(f"--config.num_steps={num_steps}", "--config.checkpoint.every_steps=5"),
+        *("--config.checkpoint.keep=2", "--config.warmup.num_steps=50"),
+        *("--config.rollout.max_staleness=3", "--config.rollout.in_flight_updates=True"),
+    ]
+
+    def start():
+        with log.open("a") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output)
+
+    path, num_killed = workdir / metrics.METRICS_FILE, 0
+    for number in range(20):
+        process, size = start(), path.stat().st_size if path.exists() else 0
+        if number % 4:  # in the middle of steps; else perhaps while it starts
+            while process.poll() is None and not (path.exists() and path.stat().st_size != size):
+                time.sleep(0.001)
+        time.sleep(rng.uniform(0, 2 if number % 4 else 15))
+        process.send_signal(signal.SIGKILL)
+        num_killed += process.wait(timeout=60) == -signal.SIGKILL
+    assert num_killed == 20  # else the run was over before
+    assert start().wait(timeout=600) == 0, log.read_text()
+
+    found = rows(workdir)
+    assert [row["step"] for row in found] == list(range(1, num_steps + 1))
+    trained = [row["rollout/step"] for row in found]
+    assert len(set(trained)) == num_steps
+    # Every step before the last ones was trained on, or given up as too old, and counted.
+    num_dropped = sum(row["staleness/dropped_steps"] for row in found)
+    missing = set(range(max(trained))) - set(trained)
+    assert len(missing) <= num_dropped + 4
+    assert "Traceback" not in log.read_text()
+    print(f"{log.read_text().count('Resuming')} resumed; {num_dropped} of {max(trained)} dropped")
 
 
 def rows(workdir):
