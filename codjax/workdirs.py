@@ -20,7 +20,15 @@ CONFIG_FILE = "config.json"
 
 # Sections and keys that may change between two starts of the same run: they move no number of a
 # step, but for the rounding of another mesh.
-_FREE_KEYS = ("checkpoint", "evaluation", "metrics", "mesh", "batching.rows_per_microbatch")
+_FREE_KEYS = (
+    "checkpoint",
+    "evaluation",
+    "metrics",
+    "mesh",
+    "batching.rows_per_microbatch",
+    "server",  # who answers, how soon; their numbers are not repeatable anyway
+    "rollout.deadline_s",
+)
 _LENGTH = ("num_steps",)  # moves numbers only when the learning rate decays towards the last step
 
 
