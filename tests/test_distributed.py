@@ -173,6 +173,40 @@ def test_four_processes_from_the_first_step_to_the_last(tmp_path, max_staleness)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_two_asynchronous_processes_train_on_the_same_steps(whole, tmp_path):
+    """Each samples as fast as it can; SIGTERM to one of them; one process goes on alone."""
+    two = tmp_path / "two"
+    flags = ("--config.rollout.max_staleness=3", "--config.rollout.in_flight_updates=True")
+    flags += ("--config.warmup.num_steps=20", "--config.checkpoint.every_steps=7")
+    process, log = start(two, *flags, "--config.num_steps=100000")
+    wait_for(lambda: len(rows(two)) >= 30, process, log)
+    os.kill(pid_of(1, two), signal.SIGTERM)
+    assert process.wait(timeout=120) == 0, log.read_text()
+    last = len(rows(two))
+
+    store = checkpoints.Checkpoints(two, keep=1, read_only=True)
+    run = train._Run.of(
+        tiny(**{"rollout.max_staleness": 3, "rollout.in_flight_updates": True}), two
+    )
+    _, loop = store.restore(last, run.learner.abstract_state())
+    store.close()
+    for item in loop["items"]:  # the packs of both, in order
+        assert len(item["groups"]) == 2
+
+    process, log = start(two, *flags, f"--config.num_steps={last + 20}", num=1, devices=2)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    found = rows(two)
+    assert [row["step"] for row in found] == list(range(1, last + 21))
+    assert all(row["rollout/num_runs"] == 4 for row in found)  # of both processes
+    assert len({row["rollout/step"] for row in found}) == len(found)
+    waiting = {item["step"] for item in loop["items"]} | set(loop["unfinished"])
+    assert waiting
+    num_dropped = sum(row["staleness/dropped_steps"] for row in found[last:])
+    assert len(waiting - {row["rollout/step"] for row in found[last:]}) <= num_dropped
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_process_ends_all_and_the_loop_starts_them_again(whole, tmp_path):
     two = from_step(whole, tmp_path / "two", 0)
     flags = ("--config.num_steps=300", "--config.checkpoint.every_steps=2")
