@@ -23,12 +23,15 @@ MARKS = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(PYTHON is None, reason="CODJAX_SGLANG_PYTHON names no SGLang"),
 ]
+PROGRAM = ("nice", "-n", "10", PYTHON or "python", "-m", "sglang.launch_server")
+ARGUMENTS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-cuda-graph", "--skip-tokenizer-init", "--max-total-tokens", "16384"),
+    *("--mem-fraction-static", "0.3", "--sleep-on-idle"),
+)
 COMMAND = (
-    *("nice", "-n", "10", PYTHON or "python", "-m", "sglang.launch_server"),
-    *("--model-path", "{model_folder}", "--host", "{host}", "--port", "{port}"),
-    *("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native"),
-    *("--sampling-backend", "pytorch", "--disable-cuda-graph", "--skip-tokenizer-init"),
-    *("--max-total-tokens", "16384", "--mem-fraction-static", "0.3", "--sleep-on-idle"),
+    *(*PROGRAM, "--model-path", "{model_folder}", "--host", "{host}", "--port", "{port}"),
+    *("--dtype", "float32", *ARGUMENTS),
 )
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
