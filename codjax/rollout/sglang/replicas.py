@@ -44,11 +44,15 @@ class ExpectedModel:
         architecture: as in its Hugging Face config, such as "Qwen3ForCausalLM".
         vocab_size: V.
         context_tokens: longest prompt with its response that must fit.
+        text: that a server's tokenizer must make `text_ids` of, if it has one; "" asks for nothing.
+        text_ids: its tokens, without special ones.
     """
 
     architecture: str
     vocab_size: int
     context_tokens: int
+    text: str = ""
+    text_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -258,7 +262,21 @@ class Replicas:
                 f"{replica.url} has a vocabulary of {found}, and the model one of {wanted}: start "
                 "it with a checkpoint of model.source."
             )
+        await self._check_tokenizer(replica, info)
         replica.info = info
+
+    async def _check_tokenizer(self, replica: Replica, info: wire.ServerInfo) -> None:
+        """What a server makes of texts is not used; another tokenizer tells of another model."""
+        expected = self._expected
+        if not expected.text or not info.has_tokenizer:
+            return
+        found = await replica.client.tokenize(expected.text)
+        if found is not None and tuple(found) != expected.text_ids:
+            raise SamplerError(
+                f"{replica.url} has another tokenizer than tokenizer.source: it makes "
+                f"{found[:8]}… of {expected.text!r}, and not {list(expected.text_ids[:8])}…: start "
+                "it with a checkpoint of model.source, or with --skip-tokenizer-init."
+            )
 
     async def _check_weights(self, replica: Replica, policy_version: int) -> None:
         url = replica.url
@@ -299,7 +317,8 @@ class Replicas:
 def check(replica: Replica, info: wire.ServerInfo, expected: ExpectedModel) -> None:
     """Raises if a server cannot serve the model.
 
-    Tokenizers need no check: tokens go in, tokens come out, and stop tokens go with each request.
+    Tokens go in and come out, and stop tokens go with each request: a server needs no tokenizer.
+    One that it has is compared when it is connected.
     """
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", info.sglang_version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_SGLANG:

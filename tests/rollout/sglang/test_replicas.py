@@ -1,6 +1,7 @@
 """Which server is asked, which one is set aside, and how it comes back."""
 
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
@@ -36,6 +37,26 @@ def in_flight(sampler):
 async def connect_to(server, **changes):
     async with SGLangSampler(settings([server], **changes), EXPECTED, run_id="run") as sampler:
         await sampler.connect()
+
+
+@pytest.mark.parametrize(("tokens", "is_same"), [([5, 6], True), (None, True), ([5, 7], False)])
+def test_a_server_with_another_tokenizer_is_refused(tokens, is_same):
+    expected = dataclasses.replace(EXPECTED, text="two dots", text_ids=(5, 6))
+
+    async def scenario():
+        async with FakeServer() as server:
+            server.change(tokens=tokens)
+            async with SGLangSampler(settings([server]), expected, run_id="run") as sampler:
+                if is_same:
+                    await sampler.connect()
+                    return
+                complaint = (
+                    r"has another tokenizer than tokenizer.source: it makes \[5, 7\]… of 'two"
+                )
+                with pytest.raises(SamplerError, match=complaint):
+                    await sampler.connect()
+
+    run(scenario())
 
 
 @pytest.mark.parametrize(
