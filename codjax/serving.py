@@ -183,7 +183,8 @@ class Servers:
 
     async def load(self, staged: weights.Staged, version: int) -> None:
         """Pause, load, flush, go on, verify; on every server that does it."""
-        await self._fleet.load(staged, policy_version=version)
+        del version  # `staged` knows it
+        await self._fleet.load(staged)
 
     def metrics(self) -> dict[str, float]:
         """Counts of requests, retries and servers."""
