@@ -24,6 +24,7 @@ from codjax import build, checks, cli, config_files, evaluate, metrics, models, 
 from codjax import chat as chats
 from codjax.rollout.sampler import SamplerError
 from tests.rollout.sglang import model_server
+from tests.rollout.sglang.faults import Fault
 from tests.rollout.sglang.test_processes import free_port
 
 TESTS = pathlib.Path(__file__).parent
@@ -396,3 +397,12 @@ def test_ctrl_c_ends_in_good_order_and_twice_at_once(tmp_path):
     while orphans() and time.monotonic() < end:
         time.sleep(0.1)
     assert orphans() == []
+
+
+def test_a_run_that_gets_no_answer_at_all_ends_with_what_was_said(server, tmp_path):
+    """Otherwise it would go through its tasks, step by step, and learn nothing."""
+    server._made.faults = [None, *[Fault.STATUS_400] * 4]  # after the probe
+    config = served(server, num_steps=3)
+    with pytest.raises(SamplerError, match=r"all 4 runs of rollout step 0 failed; the last: http:"):
+        train.main(config, str(tmp_path))
+    assert rows(tmp_path) == []

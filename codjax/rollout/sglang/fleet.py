@@ -187,12 +187,10 @@ class Fleet:
         limit_s, interval_s = self._settings.replica_wait_s, self._settings.probe_interval_s
         while True:
             await asyncio.sleep(min(interval_s, limit_s))
-            all_aside = [r.aside_since for r in self.sampler.replicas.all if r.aside is not None]
-            is_none = len(all_aside) == len(self.sampler.replicas.all)
-            if is_none and time.monotonic() - max(all_aside) > limit_s:
+            stuck = self.sampler.why_stuck()
+            if stuck is not None and time.monotonic() - stuck[0] > limit_s:
                 raise SamplerError(
-                    f"no server served for {limit_s:g} s (server.replica_wait_s): "
-                    f"{self.sampler.replicas.why_aside()}"
+                    f"no server served for {limit_s:g} s (server.replica_wait_s): {stuck[1]}"
                 )
 
     def _distrust(self, server: str, error: str) -> None:

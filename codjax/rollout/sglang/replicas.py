@@ -95,7 +95,7 @@ class Replicas:
         self.all = tuple(
             Replica(client=ServerClient(url, settings)) for url in dict.fromkeys(settings.urls)
         )
-        self.num_set_aside = 0
+        self.num_set_aside = self.num_distrusted = 0
         self._homes: dict[int, Replica] = {}
         self._changed = asyncio.Event()  # replaced at every change of who serves
 
@@ -148,6 +148,10 @@ class Replicas:
             del self._homes[next(iter(self._homes))]
         return home
 
+    def oldest_version(self) -> int:
+        """Of the weights of those that serve."""
+        return min((r.policy_version for r in self.all if r.aside is None), default=-1)
+
     def has_other(self, replica: Replica) -> bool:
         """Whether another one serves."""
         return any(other.aside is None and other is not replica for other in self.all)
@@ -175,6 +179,7 @@ class Replicas:
         replica = self.of(url)
         if distrust:
             replica.distrusted = replica.admission
+            self.num_distrusted += 1
         if replica.aside is None:
             _logger.warning("Server %s is set aside: %s.", replica.url, reason.rstrip("."))
             self.num_set_aside += 1
