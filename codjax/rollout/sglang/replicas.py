@@ -187,10 +187,11 @@ class Replicas:
             self._notify()
         replica.aside = reason.rstrip(".")  # the newest reason is what is in its way
 
-    async def readmit(self, url: str, *, policy_version: int) -> None:
+    async def readmit(self, url: str, *, policy_version: int | None) -> None:
         """Its weights are those of `policy_version`: it serves from now on, or goes on serving.
 
-        To be called after every push, for every replica.
+        To be called after every push, for every replica. None takes it as it is, for a teacher that
+        nobody pushes to: it scores texts, and its answers are refused, as any of another run.
 
         Raises:
             SamplerError: it is not ready, or runs another model or other weights after all; it is
@@ -203,8 +204,12 @@ class Replicas:
             self.set_aside(url, str(error))
             raise
         if replica.aside is not None:
-            _logger.info("Server %s serves the weights of version %d.", url, policy_version)
-        replica.policy_version, replica.aside, replica.num_failures = policy_version, None, 0
+            what = (
+                "as it is" if policy_version is None else f"the weights of version {policy_version}"
+            )
+            _logger.info("Server %s serves %s.", url, what)
+        version = -1 if policy_version is None else policy_version
+        replica.policy_version, replica.aside, replica.num_failures = version, None, 0
         replica.admission += 1
         self._notify()
 
@@ -283,12 +288,14 @@ class Replicas:
                 "it with a checkpoint of model.source, or with --skip-tokenizer-init."
             )
 
-    async def _check_weights(self, replica: Replica, policy_version: int) -> None:
+    async def _check_weights(self, replica: Replica, policy_version: int | None) -> None:
         url = replica.url
         if not await replica.client.is_ready():
             raise NoAnswerError(f"{url} is not ready: it loads, is paused, or is gone.")
         replica.info = await replica.client.info()
         check(replica, replica.info, self._expected)
+        if policy_version is None:
+            return
         wanted = wire.version_name(self._run_id, policy_version)
         if replica.info.weight_version != wanted:
             raise wire.WrongWeightsError(

@@ -103,7 +103,7 @@ class SGLangSampler:
             return None
         return max(since), self.replicas.why_aside()
 
-    async def readmit(self, url: str, *, policy_version: int) -> None:
+    async def readmit(self, url: str, *, policy_version: int | None) -> None:
         """See `Replicas.readmit`."""
         await self.replicas.readmit(url, policy_version=policy_version)
 
