@@ -226,7 +226,7 @@ def _parts(
         return model, mesh, policies.InProcess(made, num_at_once=config.engine.num_slots)
     # Not the run's own folder: it may be training meanwhile.
     folder = pathlib.Path(workdir) / "evaluation"
-    return model, mesh, policies.Served(serving.make(config, model, mesh, folder=folder))
+    return model, mesh, policies.Served(serving.make(config, chat, model, mesh, folder=folder))
 
 
 def entry_names(config: ConfigDict) -> list[str]:

@@ -32,6 +32,7 @@ from codjax import (
 from codjax import chat as chats
 from codjax.rollout import runner
 from codjax.rollout import settings as rollout_settings
+from codjax.rollout.sampler import SamplerError
 
 Groups = list[list[types.Trajectory]]
 
@@ -58,6 +59,10 @@ class Source:
         """This process's trajectories of a step, group by group, and the version of the newest.
 
         With all processes', a function of the step and the weights, if the sampler is.
+
+        Raises:
+            SamplerError: not one run got its answers. A run on such steps would go through its
+                tasks and learn nothing.
         """
         step_packs, _ = draw_packs(self.config, self.tasksets, step)
         groups = await runner.run_packs(
@@ -69,6 +74,7 @@ class Source:
             settings=self.settings,
             seed=seeds.derive_seed(self.config.seed, "rollout", step),
         )
+        _check_any_answered(step, groups)
         versions = [
             turn.policy_version
             for group in groups
@@ -77,6 +83,13 @@ class Source:
             for turn in episode.turns
         ]
         return groups, max(versions, default=None)
+
+
+def _check_any_answered(step: int, groups: Groups) -> None:
+    runs = [run for group in groups for run in group]
+    if runs and all(run.failure is types.StopReason.SAMPLER_FAILED for run in runs):
+        last = runs[-1].episodes[-1].feedback
+        raise SamplerError(f"all {len(runs)} runs of rollout step {step} failed; the last: {last}")
 
 
 def draw_packs(

@@ -27,6 +27,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from codjax import build, checks, distributed, learner, models, seeds
+from codjax import chat as chats
 from codjax.models import hf_tensors
 from codjax.rollout import engine
 from codjax.rollout import sampler as samplers
@@ -61,12 +62,18 @@ class Serving(Protocol):
 
 
 def make(
-    config: ConfigDict, model: models.Decoder, mesh: jax.sharding.Mesh, *, folder: pathlib.Path
+    config: ConfigDict,
+    chat: chats.Chat,
+    model: models.Decoder,
+    mesh: jax.sharding.Mesh,
+    *,
+    folder: pathlib.Path,
 ) -> Serving:
     """The serving of `rollout.sampler`.
 
     Args:
         config: of the run.
+        chat: its tokenizer, which servers may have too.
         model: its structure.
         mesh: of the learner.
         folder: the workdir.
@@ -77,7 +84,7 @@ def make(
     if config.rollout.sampler == "engine":
         made = build.make_engine(config, model, distributed.sampling_mesh(mesh))
         return InProcess(made)
-    return Servers(config, model, mesh, folder=folder)
+    return Servers(config, chat, model, mesh, folder=folder)
 
 
 class InProcess:
@@ -115,6 +122,7 @@ class Servers:
     def __init__(
         self,
         config: ConfigDict,
+        chat: chats.Chat,
         model: models.Decoder,
         mesh: jax.sharding.Mesh,
         *,
@@ -131,7 +139,7 @@ class Servers:
         self._fleet = fleet.Fleet(
             settings.server_settings(config.server, _urls(config)),
             settings.push_settings(config.server),
-            _expected(config, model),
+            _expected(config, chat, model),
             run_id=self._run_id,
             local=_local(config, model_folder=self._folder, log_folder=folder / "servers"),
         )
@@ -175,14 +183,15 @@ class Servers:
 
     async def load(self, staged: weights.Staged, version: int) -> None:
         """Pause, load, flush, go on, verify; on every server that does it."""
-        await self._fleet.load(staged, policy_version=version)
+        del version  # `staged` knows it
+        await self._fleet.load(staged)
 
     def metrics(self) -> dict[str, float]:
         """Counts of requests, retries and servers."""
         return self._fleet.metrics()
 
 
-async def check(config: ConfigDict, model: models.Decoder) -> None:
+async def check(config: ConfigDict, chat: chats.Chat, model: models.Decoder) -> None:
     """Asks this process's servers that should be running what they are, and leaves them alone.
 
     Raises:
@@ -191,7 +200,7 @@ async def check(config: ConfigDict, model: models.Decoder) -> None:
     if config.rollout.sampler == "sglang" and config.server.urls:
         servers = settings.server_settings(config.server, _urls(config))
         pushes = settings.push_settings(config.server)
-        async with fleet.Fleet(servers, pushes, _expected(config, model), run_id="").opened():
+        async with fleet.Fleet(servers, pushes, _expected(config, chat, model), run_id="").opened():
             pass
 
 
@@ -219,9 +228,12 @@ def _local(
     )
 
 
-def _expected(config: ConfigDict, model: models.Decoder) -> replicas.ExpectedModel:
+def _expected(
+    config: ConfigDict, chat: chats.Chat, model: models.Decoder
+) -> replicas.ExpectedModel:
     return settings.expected_model(
-        config.rollout,
+        config,
+        chat,
         architecture=model.config.to_hf()["architectures"][0],
         vocab_size=model.config.vocab_size,
     )

@@ -79,7 +79,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     distributed.on_main(lambda: workdirs.check_resumes(folder, config))
     distributed.check_shared(folder)
     run = distributed.on_all(lambda: _Run.of(config, folder))
-    asyncio.run(serving.check(config, run.model))
+    asyncio.run(serving.check(config, run.chat, run.model))
     if distributed.is_main():
         workdirs.write_config(folder, config)
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
@@ -119,7 +119,7 @@ class _Run:
             model=model,
             mesh=mesh,
             learner=made,
-            serving=serving.make(config, model, mesh, folder=folder),
+            serving=serving.make(config, chat, model, mesh, folder=folder),
             rules=scoring.make_rules(config.credit),
         )
 

@@ -24,6 +24,7 @@ from codjax import build, checks, cli, config_files, evaluate, metrics, models, 
 from codjax import chat as chats
 from codjax.rollout.sampler import SamplerError
 from tests.rollout.sglang import model_server
+from tests.rollout.sglang.faults import Fault
 from tests.rollout.sglang.test_processes import free_port
 
 TESTS = pathlib.Path(__file__).parent
@@ -285,6 +286,59 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_a_run_uses_the_servers_that_another_command_serves(folder, tmp_path):
+    log = tmp_path / "log.txt"
+    flags = local_flags(2)
+    serve = [
+        *(sys.executable, "-m", "codjax", "serve", f"--config={TINY}", *flags),
+        *(f"--workdir={tmp_path / 'served'}", f"--model={folder}"),
+    ]
+    with (
+        log.open("a") as output,
+        subprocess.Popen(serve, stdout=output, stderr=output, cwd=TESTS.parent) as serving,
+    ):
+        try:
+            wait_for(lambda: "2 servers are ready: http" in log.read_text(), serving, log)
+            urls = re.findall(r"http://[0-9.]+:\d+", log.read_text().split("are ready: ")[1])
+            trained = tmp_path / "trained"
+            process = start(trained, *flags, f"--config.server.urls={tuple(urls)}", log=log)
+            assert process.wait(timeout=200) == 0, log.read_text()
+            assert len(servers()) == 2  # they are not the run's to end
+        finally:
+            serving.send_signal(signal.SIGTERM)
+        assert serving.wait(timeout=30) == 0, log.read_text()
+    assert orphans() == []
+    assert [row["rollout/dropped_runs"] for row in rows(trained)] == [0] * 5
+
+
+def test_a_local_server_that_does_not_start_is_one_line_with_its_last_words(tmp_path, capsys):
+    changes = QUICK | {
+        "rollout.sampler": "sglang",
+        "server.local.num": 1,
+        "server.local.command": (
+            sys.executable,
+            "-c",
+            "print('no such device'); raise SystemExit(3)",
+        ),
+        "server.local.first_port": free_port(),
+    }
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    status = cli.main(
+        [
+            "train",
+            f"--config={TINY}",
+            "--config.warmup.num_steps=0",
+            f"--workdir={tmp_path}",
+            *flags,
+        ]
+    )
+    error = capsys.readouterr().err
+    assert status == 1
+    assert re.fullmatch(r"codjax train: http://\S+ ended .*no such device\.?\n", error), error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("max_staleness", [0, 3])
 def test_sigterm_does_not_wait_for_a_rollout(folder, tmp_path, max_staleness):
     """The step that is being sampled is begun again by the same command."""
@@ -343,3 +397,12 @@ def test_ctrl_c_ends_in_good_order_and_twice_at_once(tmp_path):
     while orphans() and time.monotonic() < end:
         time.sleep(0.1)
     assert orphans() == []
+
+
+def test_a_run_that_gets_no_answer_at_all_ends_with_what_was_said(server, tmp_path):
+    """Otherwise it would go through its tasks, step by step, and learn nothing."""
+    server._made.faults = [None, *[Fault.STATUS_400] * 4]  # after the probe
+    config = served(server, num_steps=3)
+    with pytest.raises(SamplerError, match=r"all 4 runs of rollout step 0 failed; the last: http:"):
+        train.main(config, str(tmp_path))
+    assert rows(tmp_path) == []

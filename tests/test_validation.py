@@ -104,6 +104,63 @@ WRONG = [
     ({"rollout.response_length_request": 4000}, r"from 1 to rollout\.max_response_tokens = 2000"),
     ({"rollout.prompt_style": "short"}, r"rollout\.prompt_style must be one of full, compact; "),
     ({"rollout.max_staleness": -1}, r"rollout\.max_staleness must be at least 0: .*; got -1\."),
+    (
+        {"rollout.max_staleness": 1, "rollout.sync_every": 3},
+        r"rollout\.sync_every must be at most rollout\.max_staleness \+ 1 = 2: .*; got 3\.",
+    ),
+    ({"rollout.sync_every": 0}, r"rollout\.sync_every must be at least 1: .*; got 0\."),
+    ({"rollout.deadline_s": 0.0}, r"rollout\.deadline_s must be above 0: .*; got 0\.0\."),
+    (
+        {"rollout.in_flight_updates": True},
+        r"rollout\.in_flight_updates must be false when rollout\.max_staleness is 0: .*; got True",
+    ),
+    (
+        {"rollout.replay.max_uses": 2},
+        r"rollout\.replay\.max_uses must be 1: rollout\.in_flight_updates is false.*; got 2\.",
+    ),
+    ({"rollout.steps_at_once": 4}, r"rollout\.steps_at_once must be 2: .* is false.*; got 4\."),
+    (
+        {"rollout.max_staleness": 1, "rollout.in_flight_updates": True, "rollout.steps_at_once": 0},
+        r"rollout\.steps_at_once must be at least 1: .*; got 0\.",
+    ),
+    (
+        {"rollout.sampler": "sglang"},
+        r"server\.urls must name servers that run, or server\.local\.num say how many .*; got \(\)",
+    ),
+    ({"rollout.sampler": "sglan"}, r"got 'sglan' \(did you mean sglang\?\)"),
+    (
+        {"server.urls": ("10.0.0.2:30000",)},
+        r"server\.urls must be like .*; got '10\.0\.0\.2:30000'",
+    ),
+    ({"server.urls": ("http://a",)}, r"server\.urls must be like .*; got 'http://a'"),
+    ({"server.urls": ("http://a:1/v1",)}, r"server\.urls must be like .*; got 'http://a:1/v1'"),
+    ({"server.urls": ("http://a:1", "http://a:1")}, r"server\.urls must name each once: .*"),
+    ({"server.router": "http://a:1"}, r"server\.router must be left unset without server\.urls"),
+    ({"server.route": "nccl"}, r"server\.route must be one of disk, bytes; got 'nccl'"),
+    ({"server.max_in_flight": 0}, r"server\.max_in_flight must be at least 1: .*; got 0\."),
+    ({"server.request_timeout_s": -1.0}, r"server\.request_timeout_s must be above 0: .*; got -1"),
+    ({"server.probe_tolerance": 0.0}, r"server\.probe_tolerance must be above 0: .*; got 0\.0\."),
+    (
+        {"server.local.num": 2, "server.route": "bytes"},
+        r'server\.route must be "disk" with server\.local: .*; got \'bytes\'\.',
+    ),
+    (
+        {"server.local.num": 2, "server.local.first_port": 65535},
+        r"server\.local\.first_port must leave room for 2 ports up to 65535: .*; got 65535\.",
+    ),
+    (
+        {"server.local.arguments": ("--port=3",)},
+        r"server\.local\.arguments must leave out --model-path, --host, --port and --dtype: .*",
+    ),
+    ({"server.local.command": ()}, r"server\.local\.command must name a program: .*; got \(\)\."),
+    (
+        {
+            "rollout.sampler": "sglang",
+            "server.urls": ("http://a:1",),
+            "server.api_key_variable": "NOT_THERE",
+        },
+        r"server\.api_key_variable must be set in the environment: .*; got 'NOT_THERE'\.",
+    ),
     ({"rollout.length_penalty.coef": -0.1}, r"length_penalty\.coef must be at least 0: "),
     ({"rollout.length_penalty.full_tokens": 5}, r"full_tokens must be above zero_tokens = 1000000"),
     ({"rollout.update_penalty.zero_tokens": 5}, r"be both set or both unset: .*got \(5, None\)\."),

@@ -78,10 +78,9 @@ def check_server(config: ConfigDict) -> None:
         checks.positive(server, "server.probe_tolerance")
     _check_urls(server)
     _check_local(server)
-    if config.rollout.sampler != "sglang":
-        return
+    is_used = config.rollout.sampler == "sglang"
     checks.require(
-        bool(server.urls) or bool(server.local.num),
+        not is_used or bool(server.urls) or bool(server.local.num),
         "server.urls",
         "name servers that run, or server.local.num say how many to start",
         "rollout.sampler is sglang",
@@ -91,7 +90,8 @@ def check_server(config: ConfigDict) -> None:
         name = server[key]
         is_there = name is None or bool(os.environ.get(name))
         why = "it names a variable of the environment that holds a key"
-        checks.require(is_there, f"server.{key}", "be set in the environment", why, name)
+        is_ok = is_there or not (is_used or server.local.num)
+        checks.require(is_ok, f"server.{key}", "be set in the environment", why, name)
 
 
 def _check_urls(server: ConfigDict) -> None:

@@ -2,7 +2,7 @@
 
     fleet = Fleet(servers, pushes, expected, run_id=…, local=…)
     async with fleet.opened():                          # connected; local ones are not started yet
-        await fleet.load(staged, policy_version=0)      # local ones are started with the first
+        await fleet.load(staged)                        # local ones are started with the first
         generation = await fleet.sampler.generate(…)
 
 A server that fails is set aside, told to drop what it was doing, started again where it is ours,
@@ -100,13 +100,13 @@ class Fleet:
                 await self._pool.stop()
             self._remove_folders()
 
-    async def load(self, staged: Staged, *, policy_version: int) -> None:
+    async def load(self, staged: Staged) -> None:
         """Give weights to all servers; those that have them, verified, serve from then on.
 
         A server that does not take them is aside until it does; there may be none left for a while.
 
         Raises:
-            SamplerError: no server took the first weights within `server.replica_wait_s`.
+            SamplerError: no server took the first weights: something is set up wrong.
             ServerProcessError: a local server did not start.
         """
         is_first, self._newest = self._newest is None, staged
@@ -118,8 +118,10 @@ class Fleet:
         for outcome in outcomes:
             await self._admit(outcome)
         if is_first:
+            replicas = self.sampler.replicas
+            if all(replica.aside is not None for replica in replicas.all):
+                raise SamplerError(f"no server took the first weights: {replicas.why_aside()}")
             self._spawn(self._bring_back())
-            await self._wait_for_one(policy_version)
             self._spawn(self._watch_for_none())
 
     def metrics(self) -> dict[str, float]:
@@ -185,26 +187,11 @@ class Fleet:
         limit_s, interval_s = self._settings.replica_wait_s, self._settings.probe_interval_s
         while True:
             await asyncio.sleep(min(interval_s, limit_s))
-            all_aside = [r.aside_since for r in self.sampler.replicas.all if r.aside is not None]
-            is_none = len(all_aside) == len(self.sampler.replicas.all)
-            if is_none and time.monotonic() - max(all_aside) > limit_s:
+            stuck = self.sampler.why_stuck()
+            if stuck is not None and time.monotonic() - stuck[0] > limit_s:
                 raise SamplerError(
-                    f"no server served for {limit_s:g} s (server.replica_wait_s): "
-                    f"{self.sampler.replicas.why_aside()}"
+                    f"no server served for {limit_s:g} s (server.replica_wait_s): {stuck[1]}"
                 )
-
-    async def _wait_for_one(self, policy_version: int) -> None:
-        """Until a server serves; there is no use in asking before.
-
-        Raises:
-            SamplerError: as `load`.
-        """
-        try:
-            await self.sampler.replicas.choose(0, avoid=None)
-        except SamplerError as error:
-            raise SamplerError(
-                f"no server took the weights of version {policy_version}: {error}"
-            ) from error
 
     def _distrust(self, server: str, error: str) -> None:
         """What a server is answering is not believed, and it is told to drop it."""

@@ -44,11 +44,15 @@ class ExpectedModel:
         architecture: as in its Hugging Face config, such as "Qwen3ForCausalLM".
         vocab_size: V.
         context_tokens: longest prompt with its response that must fit.
+        text: that a server's tokenizer must make `text_ids` of, if it has one; "" asks for nothing.
+        text_ids: its tokens, without special ones.
     """
 
     architecture: str
     vocab_size: int
     context_tokens: int
+    text: str = ""
+    text_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -91,7 +95,7 @@ class Replicas:
         self.all = tuple(
             Replica(client=ServerClient(url, settings)) for url in dict.fromkeys(settings.urls)
         )
-        self.num_set_aside = 0
+        self.num_set_aside = self.num_distrusted = 0
         self._homes: dict[int, Replica] = {}
         self._changed = asyncio.Event()  # replaced at every change of who serves
 
@@ -144,6 +148,10 @@ class Replicas:
             del self._homes[next(iter(self._homes))]
         return home
 
+    def oldest_version(self) -> int:
+        """Of the weights of those that serve."""
+        return min((r.policy_version for r in self.all if r.aside is None), default=-1)
+
     def has_other(self, replica: Replica) -> bool:
         """Whether another one serves."""
         return any(other.aside is None and other is not replica for other in self.all)
@@ -171,6 +179,7 @@ class Replicas:
         replica = self.of(url)
         if distrust:
             replica.distrusted = replica.admission
+            self.num_distrusted += 1
         if replica.aside is None:
             _logger.warning("Server %s is set aside: %s.", replica.url, reason.rstrip("."))
             self.num_set_aside += 1
@@ -178,10 +187,11 @@ class Replicas:
             self._notify()
         replica.aside = reason.rstrip(".")  # the newest reason is what is in its way
 
-    async def readmit(self, url: str, *, policy_version: int) -> None:
+    async def readmit(self, url: str, *, policy_version: int | None) -> None:
         """Its weights are those of `policy_version`: it serves from now on, or goes on serving.
 
-        To be called after every push, for every replica.
+        To be called after every push, for every replica. None takes it as it is, for a teacher that
+        nobody pushes to: it scores texts, and its answers are refused, as any of another run.
 
         Raises:
             SamplerError: it is not ready, or runs another model or other weights after all; it is
@@ -194,8 +204,12 @@ class Replicas:
             self.set_aside(url, str(error))
             raise
         if replica.aside is not None:
-            _logger.info("Server %s serves the weights of version %d.", url, policy_version)
-        replica.policy_version, replica.aside, replica.num_failures = policy_version, None, 0
+            what = (
+                "as it is" if policy_version is None else f"the weights of version {policy_version}"
+            )
+            _logger.info("Server %s serves %s.", url, what)
+        version = -1 if policy_version is None else policy_version
+        replica.policy_version, replica.aside, replica.num_failures = version, None, 0
         replica.admission += 1
         self._notify()
 
@@ -258,14 +272,30 @@ class Replicas:
                 f"{replica.url} has a vocabulary of {found}, and the model one of {wanted}: start "
                 "it with a checkpoint of model.source."
             )
+        await self._check_tokenizer(replica, info)
         replica.info = info
 
-    async def _check_weights(self, replica: Replica, policy_version: int) -> None:
+    async def _check_tokenizer(self, replica: Replica, info: wire.ServerInfo) -> None:
+        """What a server makes of texts is not used; another tokenizer tells of another model."""
+        expected = self._expected
+        if not expected.text or not info.has_tokenizer:
+            return
+        found = await replica.client.tokenize(expected.text)
+        if found is not None and tuple(found) != expected.text_ids:
+            raise SamplerError(
+                f"{replica.url} has another tokenizer than tokenizer.source: it makes "
+                f"{found[:8]}… of {expected.text!r}, and not {list(expected.text_ids[:8])}…: start "
+                "it with a checkpoint of model.source, or with --skip-tokenizer-init."
+            )
+
+    async def _check_weights(self, replica: Replica, policy_version: int | None) -> None:
         url = replica.url
         if not await replica.client.is_ready():
             raise NoAnswerError(f"{url} is not ready: it loads, is paused, or is gone.")
         replica.info = await replica.client.info()
         check(replica, replica.info, self._expected)
+        if policy_version is None:
+            return
         wanted = wire.version_name(self._run_id, policy_version)
         if replica.info.weight_version != wanted:
             raise wire.WrongWeightsError(
@@ -299,7 +329,8 @@ class Replicas:
 def check(replica: Replica, info: wire.ServerInfo, expected: ExpectedModel) -> None:
     """Raises if a server cannot serve the model.
 
-    Tokenizers need no check: tokens go in, tokens come out, and stop tokens go with each request.
+    Tokens go in and come out, and stop tokens go with each request: a server needs no tokenizer.
+    One that it has is compared when it is connected.
     """
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", info.sglang_version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_SGLANG:

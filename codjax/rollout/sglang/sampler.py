@@ -32,6 +32,7 @@ from codjax.rollout.sampler import (
 )
 from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.replicas import ExpectedModel, Replica, Replicas
+from codjax.rollout.sglang.router import Router
 from codjax.rollout.sglang.server import BusyError, NoAnswerError, ServerClient, ServerSettings
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class SGLangSampler:
         self.counters = Counters()
         self.replicas = Replicas(settings, expected, run_id)
         self._settings, self._expected, self._run_id = settings, expected, run_id
+        self._router = Router(settings) if settings.router else None
         self._places = asyncio.Semaphore(settings.max_in_flight)
 
     async def __aenter__(self) -> SGLangSampler:
@@ -83,12 +85,25 @@ class SGLangSampler:
     async def close(self) -> None:
         """Ends the connections; the servers abort what they were answering."""
         await self.replicas.close()
+        if self._router is not None:
+            await self._router.client.close()
 
     async def connect(self) -> None:
         """Waits for the servers and checks what they run; `readmit` makes them serve."""
         await self.replicas.connect()
+        if self._router is not None:
+            await self._router.ready()
 
-    async def readmit(self, url: str, *, policy_version: int) -> None:
+    def why_stuck(self) -> tuple[float, str] | None:
+        """Since when, on the monotonic clock, nothing can be asked, and why; None if it can."""
+        if self._router is not None and self._router.down is not None:
+            return self._router.down_since, self._router.down
+        since = [replica.aside_since for replica in self.replicas.all if replica.aside is not None]
+        if len(since) < len(self.replicas.all):
+            return None
+        return max(since), self.replicas.why_aside()
+
+    async def readmit(self, url: str, *, policy_version: int | None) -> None:
         """See `Replicas.readmit`."""
         await self.replicas.readmit(url, policy_version=policy_version)
 
@@ -135,7 +150,10 @@ class SGLangSampler:
             if room == 0 or (parts and len(text) > self._prompt_limit()):
                 return _generation(parts, types.StopReason.LENGTH)
             self.counters.resumed += bool(parts)
-            answer = await self._ask(group, self._generating(text, params, room))
+            if self._router is None:
+                answer = await self._ask(group, self._generating(text, params, room))
+            else:
+                answer = await self._ask_router(self._router, text, params, room)
             if len(answer.tokens):
                 parts.append(answer)
             if answer.finish is not wire.Finish.ABORT:
@@ -220,6 +238,54 @@ class SGLangSampler:
                 await self._pause(num_tries)
         raise SamplerError(
             f"gave up after {num_tries} tries (server.max_retries is "
+            f"{self._settings.max_retries}), the last: {reason}"
+        ) from reason
+
+    async def _ask_router(
+        self, router: Router, text: np.ndarray, params: SamplingParams, room: int
+    ) -> wire.Answer:
+        """An answer of any server; whose it is, nobody says.
+
+        So no server is blamed for a failure, what any of them answered while one was distrusted is
+        dropped, and an answer must be at least as new as the oldest weights that serve: the router
+        may ask a server that was set aside.
+
+        Raises:
+            SamplerError: as `_ask`.
+        """
+        reason: SamplerError
+        for num_tries in range(1, self._settings.max_retries + 2):
+            start = time.monotonic()
+            async with self._places:
+                await self.replicas.choose(0, avoid=None)  # waits until one serves
+                await router.ready()
+                self.counters.wait_s += time.monotonic() - start
+                self.counters.requests += 1
+                self.counters.retries += num_tries > 1
+                num_distrusted = self.replicas.num_distrusted
+                try:
+                    answer = await router.client.generate(
+                        text,
+                        params,
+                        max_new_tokens=room,
+                        vocab_size=self._expected.vocab_size,
+                        run_id=self._run_id,
+                        oldest_version=self.replicas.oldest_version(),
+                    )
+                except (BusyError, wire.BadAnswerError) as error:
+                    reason = error
+                except NoAnswerError as error:
+                    router.failed(error)
+                    reason = error
+                else:
+                    router.num_failures = 0
+                    if num_distrusted == self.replicas.num_distrusted:
+                        return answer
+                    reason = SamplerError(f"{router.client.url} may have asked a server in doubt")
+            if num_tries <= self._settings.max_retries:
+                await self._pause(num_tries)
+        raise SamplerError(
+            f"gave up after {num_tries} tries by server.router (server.max_retries is "
             f"{self._settings.max_retries}), the last: {reason}"
         ) from reason
 

@@ -166,6 +166,17 @@ class ServerClient:
             return wire.vocab_size(error.text)
         return None
 
+    async def tokenize(self, text: str) -> list[int] | None:
+        """Its tokens of a text, without special ones; None if it does not know the route."""
+        body = {"prompt": text, "add_special_tokens": False}
+        try:
+            content = await self._post("/v1/tokenize", body)
+        except RefusedError as error:
+            if error.status == 404:
+                return None
+            raise
+        return self._judged(wire.parse_tokens, self._json("/v1/tokenize", content))
+
     async def load(self) -> wire.Load:
         """What is running and waiting."""
         return self._judged(wire.parse_load, await self._get_json("/v1/loads"))

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from codjax import chat as chats
 from codjax.rollout.sglang.processes import ProcessSettings
 from codjax.rollout.sglang.push import PushSettings
 from codjax.rollout.sglang.replicas import ExpectedModel
 from codjax.rollout.sglang.server import ServerSettings
 
+# Letters, numbers, white space and signs, of which tokenizers make different things.
+_TEXT = "Connect 3 dots:\n  naïve agents, 2026 → 日本語 <answer>x == 1.5e-3;</answer>"
 # Right weights differ by 1e-6 in float32 and by tenths in bfloat16; wrong ones by units.
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
 
@@ -66,12 +69,24 @@ def push_settings(server: ConfigDict) -> PushSettings:
     )
 
 
-def expected_model(rollout: ConfigDict, *, architecture: str, vocab_size: int) -> ExpectedModel:
-    """What the servers must run, and have room for."""
+def expected_model(
+    config: ConfigDict, chat: chats.Chat, *, architecture: str, vocab_size: int
+) -> ExpectedModel:
+    """What the servers must run, and have room for.
+
+    Args:
+        config: of the run.
+        chat: of `tokenizer.source`; a builtin one is in no server.
+        architecture: of the model, in its Hugging Face config.
+        vocab_size: V.
+    """
+    rollout, is_builtin = config.rollout, config.tokenizer.source.startswith("builtin:")
     return ExpectedModel(
         architecture=architecture,
         vocab_size=vocab_size,
         context_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
+        text="" if is_builtin else _TEXT,
+        text_ids=() if is_builtin else tuple(chat.respond(_TEXT)[:-1].tolist()),
     )
 
 

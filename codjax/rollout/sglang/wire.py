@@ -290,6 +290,15 @@ def parse_info(server: Any, model: Any, models: Any) -> ServerInfo:
     )
 
 
+def parse_tokens(answer: Any) -> list[int]:
+    """The ids in the answer of `/v1/tokenize`.
+
+    >>> parse_tokens({"tokens": [5, 6], "count": 2})
+    [5, 6]
+    """
+    return _whole_numbers(_field(answer, "tokens", list), "tokens").tolist()
+
+
 def parse_load(answer: Any) -> Load:
     """The sum over the data-parallel ranks of `/v1/loads`."""
     running = waiting = 0

@@ -59,6 +59,7 @@ class FakeServer:
         self.late_s = 60.0
         self.hold_after = None  # generations wait after so many tokens of theirs
         self.paused = None  # the mode
+        self.tokens = None  # that its tokenizer makes of every text; None: it has none
         self.generations, self.pushes, self.calls = [], [], []
         self.in_session = False
         self.running: dict[str, Running] = {}
@@ -86,6 +87,7 @@ class FakeServer:
             app.router.add_get(route, handler)
         for route, handler in {
             "/generate": self._generate,
+            "/v1/tokenize": self._tokenize,
             "/abort_request": self._abort,
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
@@ -125,7 +127,7 @@ class FakeServer:
 
     @web.middleware
     async def _gate(self, request, handler):
-        admin = request.method == "POST" and request.path != "/generate"
+        admin = request.method == "POST" and request.path not in ("/generate", "/v1/tokenize")
         key = (self.admin_api_key if admin else None) or self.api_key
         is_open = request.path in ("/ready", "/health")
         if key and not is_open and request.headers.get("Authorization") != f"Bearer {key}":
@@ -141,7 +143,7 @@ class FakeServer:
                 "tp_size": self.tp_size,
                 "dp_size": self.dp_size,
                 "context_length": None,
-                "skip_tokenizer_init": True,
+                "skip_tokenizer_init": self.tokens is None,
                 "max_req_input_len": self.context_length - 6,
             }
         )
@@ -157,6 +159,10 @@ class FakeServer:
                 "architectures": [self.architecture],
             }
         )
+
+    async def _tokenize(self, request):
+        assert (await request.json())["add_special_tokens"] is False
+        return web.json_response({"tokens": self.tokens, "count": len(self.tokens)})
 
     async def _models(self, _):
         card = {"id": self.model_path, "max_model_len": self.context_length}

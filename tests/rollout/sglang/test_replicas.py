@@ -1,6 +1,7 @@
 """Which server is asked, which one is set aside, and how it comes back."""
 
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from codjax.rollout.sampler import SamplerError
 from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.sampler import SGLangSampler
 from codjax.rollout.sglang.server import NoAnswerError
-from tests.rollout.sglang.fake_server import FakeServer
+from tests.rollout.sglang.fake_server import FakeServer, scored_logprob
 from tests.rollout.sglang.serving import (
     EXPECTED,
     PROMPT,
@@ -36,6 +37,26 @@ def in_flight(sampler):
 async def connect_to(server, **changes):
     async with SGLangSampler(settings([server], **changes), EXPECTED, run_id="run") as sampler:
         await sampler.connect()
+
+
+@pytest.mark.parametrize(("tokens", "is_same"), [([5, 6], True), (None, True), ([5, 7], False)])
+def test_a_server_with_another_tokenizer_is_refused(tokens, is_same):
+    expected = dataclasses.replace(EXPECTED, text="two dots", text_ids=(5, 6))
+
+    async def scenario():
+        async with FakeServer() as server:
+            server.change(tokens=tokens)
+            async with SGLangSampler(settings([server]), expected, run_id="run") as sampler:
+                if is_same:
+                    await sampler.connect()
+                    return
+                complaint = (
+                    r"has another tokenizer than tokenizer.source: it makes \[5, 7\]… of 'two"
+                )
+                with pytest.raises(SamplerError, match=complaint):
+                    await sampler.connect()
+
+    run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -302,5 +323,42 @@ def test_scores_of_any_replica():
         async with serving(2) as (sampler, servers):
             await servers[0].stop()
             assert np.isfinite(await sampler.score(PROMPT)).all()
+
+    run(scenario())
+
+
+def test_a_teacher_scores_with_the_weights_that_it_has_and_comes_back_with_them():
+    async def scenario():
+        async with FakeServer(weight_version="default") as server:
+            made = SGLangSampler(settings([server], max_failures=1), EXPECTED, run_id="run")
+            async with made as sampler:
+                await sampler.connect()
+                await sampler.readmit(server.url, policy_version=None)
+                expected = [scored_logprob(token) for token in PROMPT[1:]]
+                assert (await sampler.score(PROMPT)).tolist() == expected
+                port = server.port
+                await server.stop()
+                scoring = asyncio.create_task(sampler.score(PROMPT))
+                await server.until(lambda: sampler.replicas.all[0].aside is not None)
+                server.port = port
+                await server.start()
+                assert await sampler.returned() == server.url
+                await sampler.readmit(server.url, policy_version=None)
+                assert (await scoring).tolist() == expected
+
+    run(scenario())
+
+
+def test_a_teacher_does_not_sample_for_the_run():
+    async def scenario():
+        async with FakeServer(weight_version="default") as server:
+            made = SGLangSampler(settings([server], max_retries=0), EXPECTED, run_id="run")
+            async with made as sampler:
+                await sampler.connect()
+                await sampler.readmit(server.url, policy_version=None)
+                with pytest.raises(
+                    SamplerError, match="its weights are 'default', not of this run"
+                ):
+                    await sampler.generate(PROMPT, params(), seed=0)
 
     run(scenario())

@@ -1,0 +1,238 @@
+"""Servers from one hand: who serves after which load, who comes back, and what is left at the end.
+
+The servers are scripted, so the probe says what they score; whole runs are in test_served_runs.py.
+"""
+
+import asyncio
+import contextlib
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from codjax.rollout.sampler import SamplerError
+from codjax.rollout.sglang import fleet, push, weights
+from tests.rollout.sglang.fake_server import FakeServer, scored_logprob
+from tests.rollout.sglang.serving import EXPECTED, PROMPT, params, run, settings
+
+STEPS = [
+    "/pause_generation",
+    "/update_weights_from_disk",
+    "/flush_cache",
+    "/continue_generation",
+]
+SHAPE = {"model.embed_tokens.weight": (np.dtype(np.float32), (512, 2))}
+
+
+def staged(folder, version, **changes):
+    logprobs = np.array([scored_logprob(token) for token in PROMPT[1:]], np.float32)
+    made = {
+        "run_id": "run",
+        "policy_version": version,
+        "layouts": SHAPE,
+        "tensors": [(name, np.zeros(shape, dtype)) for name, (dtype, shape) in SHAPE.items()],
+        "config": {"tie_word_embeddings": True, "vocab_size": 512},
+        "probe": weights.Probe(tokens=PROMPT, logprobs=logprobs),
+    }
+    return weights.stage_folder(weights.NamedWeights(**made | changes), folder=folder)
+
+
+@contextlib.asynccontextmanager
+async def opened(num_servers=2, **changes):
+    """(fleet, servers), connected."""
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(Server()) for _ in range(num_servers)]
+        pushes = push.PushSettings(call_timeout_s=5, load_timeout_s=5, tolerance=1e-6)
+        made = fleet.Fleet(settings(servers, **changes), pushes, EXPECTED, run_id="run")
+        await stack.enter_async_context(made.opened())
+        yield made, servers
+
+
+def serving(made):
+    return [replica.aside is None for replica in made.sampler.replicas.all]
+
+
+def versions(made):
+    return [replica.policy_version for replica in made.sampler.replicas.all]
+
+
+async def ask(made, count=1):
+    return await asyncio.gather(
+        *(made.sampler.generate(PROMPT, params(), seed=0, group=i) for i in range(count))
+    )
+
+
+class Server(FakeServer):
+    """A `FakeServer` that does not take weights, or never ends taking them.
+
+    Attributes:
+        update: "takes", "refuses" or "hangs".
+    """
+
+    update = "takes"
+
+    async def _from_disk(self, request):
+        if self.update == "hangs":
+            self.pushes.append(await request.json())
+            await asyncio.sleep(60)
+        if self.update == "refuses":
+            return web.json_response({"success": False, "message": "out of memory"}, status=400)
+        return await super()._from_disk(request)
+
+
+def test_every_load_is_what_all_answer_from(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            assert serving(made) == [False, False]
+            for version in (0, 1):
+                await made.load(staged(tmp_path, version))
+                assert (serving(made), versions(made)) == ([True, True], [version] * 2)
+                assert {a.policy_version for a in await ask(made, 4)} == {version}
+            for server in servers:
+                steps = [call for call in server.calls if call in STEPS]
+                assert steps == [*STEPS, *STEPS]
+            assert made.metrics()["sampler/probe_gap"] == 0
+
+    run(scenario())
+
+
+def test_one_that_does_not_take_them_is_aside_until_it_does(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            servers[1].update = "refuses"
+            await made.load(staged(tmp_path, 1))
+            assert (serving(made), versions(made)) == ([True, False], [1, 0])
+            assert "out of memory" in made.sampler.replicas.why_aside()
+            assert {a.policy_version for a in await ask(made, 4)} == {1}
+            servers[1].update = "takes"
+            await servers[1].until(lambda: serving(made) == [True, True])
+            assert versions(made) == [1, 1]
+
+    run(scenario())
+
+
+def test_one_that_died_is_given_the_newest_before_it_serves(tmp_path):
+    async def scenario():
+        async with opened(max_failures=1) as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            port = servers[0].port
+            await servers[0].stop()
+            await made.load(staged(tmp_path, 1))
+            assert serving(made) == [False, True]
+            servers[0].port, servers[0].weight_version = port, "default"
+            servers[0].pushes.clear()
+            await servers[0].start()
+            await servers[1].until(lambda: all(serving(made)))
+            assert versions(made) == [1, 1]
+            assert servers[0].pushes[0]["weight_version"] == "run-1"
+
+    run(scenario())
+
+
+def test_a_load_while_one_is_brought_back_ends_with_the_newest_everywhere(tmp_path):
+    async def scenario():
+        async with opened(max_failures=1) as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            made.sampler.set_aside(servers[0].url, "it was slow")
+            for version in range(1, 6):
+                await asyncio.sleep(0.004)  # the watch is anywhere in its round
+                await made.load(staged(tmp_path, version))
+            await servers[0].until(lambda: all(serving(made)))
+            assert versions(made) == [5, 5]
+            assert [server.weight_version for server in servers] == ["run-5", "run-5"]
+            assert [server.paused for server in servers] == [None, None]
+
+    run(scenario())
+
+
+def test_what_one_in_doubt_is_answering_is_asked_elsewhere(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            for server in servers:
+                server.change(hold_after=2)
+            asked = asyncio.create_task(ask(made, 4))
+            await servers[0].until(lambda: sum(len(s.running) for s in servers) == 4)
+            wrong = scored_wrongly(servers[1])
+            loading = asyncio.create_task(made.load(staged(tmp_path, 1)))
+            await servers[0].until(lambda: not serving(made)[1])
+            for server in servers:
+                server.change(hold_after=None)
+            await loading
+            wrong()
+            answers = await asked
+            assert all(len(answer.tokens) == 8 for answer in answers)
+            assert made.sampler.replicas.num_distrusted == 1
+
+    run(scenario())
+
+
+def scored_wrongly(server):
+    server.scored = lambda ids: [None, *[-9.0] * (len(ids) - 1)]
+    return lambda: delattr(server, "scored")
+
+
+async def load_in_vain(folder):
+    async with opened() as (made, servers):
+        for server in servers:
+            server.update = "refuses"
+        await made.load(staged(folder, 0))
+
+
+def test_first_weights_that_nobody_takes_end_it_at_once(tmp_path):
+    with pytest.raises(SamplerError, match=r"no server took the first weights: .*memory.*memory"):
+        run(load_in_vain(tmp_path))
+
+
+async def lose_all(folder):
+    async with opened(max_failures=1, replica_wait_s=0.2) as (made, servers):
+        await made.load(staged(folder, 0))
+        for server in servers:
+            made.sampler.set_aside(server.url, "it is ill")
+            server.change(is_ready=False)
+        await asyncio.sleep(5)
+
+
+def test_no_server_for_too_long_ends_it_and_names_them(tmp_path):
+    with pytest.raises(
+        SamplerError, match=r"no server served for 0\.2 s .* it is ill; .* it is ill"
+    ):
+        run(lose_all(tmp_path))
+
+
+async def fail_within(folder):
+    async with opened() as (made, _):
+        await made.load(staged(folder, 0))
+        await made.load(staged(folder, 1))
+        raise KeyError("mine")
+
+
+def test_an_error_within_comes_out_as_it_is_and_nothing_is_left(tmp_path):
+    with pytest.raises(KeyError, match="mine"):
+        run(fail_within(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cancelled_in_the_middle_of_a_load_it_lets_the_servers_go_on(tmp_path):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(Server()) for _ in range(2)]
+            pushes = push.PushSettings(call_timeout_s=5, load_timeout_s=5, tolerance=1e-6)
+            made = fleet.Fleet(settings(servers), pushes, EXPECTED, run_id="run")
+
+            async def body():
+                async with made.opened():
+                    await made.load(staged(tmp_path, 0))
+                    servers[0].update = "hangs"
+                    await made.load(staged(tmp_path, 1))
+
+            task = asyncio.create_task(body())
+            await servers[0].until(lambda: servers[0].paused and len(servers[0].pushes) == 2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert [server.paused for server in servers] == [None, None]
+            assert list(tmp_path.iterdir()) == []
+
+    run(scenario())
