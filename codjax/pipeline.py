@@ -97,8 +97,8 @@ class Drawn:
         item: the rollout step.
         too_old: steps that were dropped for good before it.
         seconds: "rollout" (from the beginning of the step to its end; absent after a restart),
-            "wait_rollout" (the learner waited for it), "wait_learner" (nothing was being sampled
-            since the last one was taken) and "load" (handing weights on, since then).
+            "wait_learner" (nothing was being sampled since the last one was taken) and "load"
+            (handing weights on, since then).
     """
 
     item: replay.Item
@@ -210,12 +210,10 @@ class Pipeline:
                 self._training, too_old = self._replay.draw(update, common)
             dropped += too_old
             self._loop.call_soon_threadsafe(self._wake.set)
-        waited_s = time.monotonic() - begin
         with self._changed:
             while not self._settings.in_flight_updates and self._may_begin():
                 self._sleep(wait, since=begin)
             seconds = self._times.taken(self._training.step, is_idle=not self._running)
-        seconds["wait_rollout"] = waited_s
         return Drawn(item=self._training, too_old=tuple(dropped), seconds=seconds)
 
     def consumed(self, drawn: Drawn) -> None:
@@ -424,7 +422,7 @@ class _Times:
         self._load_s += seconds
 
     def taken(self, step: int, *, is_idle: bool) -> dict[str, float]:
-        """The seconds of `Drawn`, but for the learner's own wait; counts from 0 again."""
+        """The seconds of `Drawn`; counts from 0 again."""
         self._stop_idling()
         if is_idle:
             self._idle_since = time.monotonic()

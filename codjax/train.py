@@ -186,6 +186,9 @@ def _loop(
 ) -> None:
     """Steps from the loop's position to the end."""
     config, start = run.config, loop["step"]
+    if start >= config.num_steps:
+        _logger.info("%s has its %d steps already.", folder, start)
+        return
     reference = _reference(run, store)
     trajectories = metrics.TrajectoryWriter(
         folder,
