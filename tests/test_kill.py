@@ -17,13 +17,15 @@ TINY = pathlib.Path(__file__).parent / "tiny.py"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_kill_9_at_any_moment(tmp_path, max_staleness):
-    """Whenever the process dies, the same command ends with what an uninterrupted run writes."""
+def test_kill_9_at_any_moment(tmp_path):
+    """Whenever the process dies, the same command ends with what an uninterrupted run writes.
+
+    One step ahead, where a checkpoint holds most: rollouts that wait, by weights that are gone.
+    """
     num_steps = 60
     command = [
         *(sys.executable, "-m", "codjax", "train", f"--config={TINY}"),
-        *(f"--config.num_steps={num_steps}", f"--config.rollout.max_staleness={max_staleness}"),
+        *(f"--config.num_steps={num_steps}", "--config.rollout.max_staleness=1"),
         *("--config.checkpoint.every_steps=4", "--config.checkpoint.keep=2"),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
