@@ -87,6 +87,50 @@ def test_ssh():
     assert len(found) == 2
 
 
+def test_sglang():
+    flags = ["--config=configs/mine.py", "--workdir=/runs/servers"]
+    where = ["--num=4", "--gpus=2", "--venv=/my sglang", "--model=/models/Qwen3-8B"]
+    make, install, serve = printed("sglang.sh", *where, *flags, PYTHON="python3.12")
+    assert make == ["python3.12", "-m", "venv", "/my sglang"]
+    assert install == ["/my sglang/bin/python", "-m", "pip", "install", "sglang==0.5.23"]
+    assert serve == [
+        *[".venv/bin/python", "-m", "codjax", "serve", "--model=/models/Qwen3-8B"],
+        *["--config.server.local.num=4", "--config.server.local.gpus_per_server=2"],
+        "--config.server.local.host=0.0.0.0",
+        "--config.server.local.command=('/my sglang/bin/python', '-m', 'sglang.launch_server')",
+        *flags,
+    ]
+
+
+def test_sglang_serves_what_is_installed(tmp_path):
+    """Nothing is installed twice, and SIGTERM reaches codjax serve itself."""
+    for name, does in [
+        ("venv", 'echo "serve $@"'),
+        ("sglang", "cat > /dev/null; [[ $2 == 1.2.3 ]]"),
+    ]:
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/bash\n{does}\n")
+        python.chmod(0o755)
+    (tmp_path / "install.sh").write_text(f"VENV={tmp_path}/venv; install_codjax() {{ :; }}\n")
+    (tmp_path / "launch").mkdir()
+    for name in ("sglang.sh", "common.sh"):
+        (tmp_path / "launch" / name).write_text((LAUNCH / name).read_text())
+    done = subprocess.run(
+        [
+            *["bash", tmp_path / "launch" / "sglang.sh", "--model=/models/8B", "--sglang=1.2.3"],
+            *[f"--venv={tmp_path}/sglang", "--config=configs/mine.py"],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("serve -m codjax serve --model=/models/8B ")
+    assert done.stdout.endswith("--config=configs/mine.py\n")
+
+
 def test_slurm():
     (found,) = printed("slurm.sh", "--nodes=4", "--sbatch=--partition=gpu", *TRAIN)
     assert found == [
@@ -218,6 +262,7 @@ def test_a_template_and_its_values_must_agree(tmp_path):
     [
         (["local.sh", "-n", "two"], "local.sh: -n must be a whole number, at least 1; got 'two'."),
         (["ssh.sh", "--dir=/x"], "ssh.sh: --hosts must be given; --help tells the flags."),
+        (["sglang.sh", "--config=x"], "sglang.sh: --model must be given; --help tells the flags."),
         (["slurm.sh"], "slurm.sh: flags of codjax train must be given: --config=… --workdir=…"),
         (["tpu_pod.sh", "start", *TPU], "create, setup, train, logs, stop or delete; got 'start'."),
         (["tpu_pod.sh", "create", *TPU, "--tpye=x"], "unknown flag --tpye=x;"),

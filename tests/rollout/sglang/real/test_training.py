@@ -247,8 +247,9 @@ def check_steps(workdir):
 
 
 def test_tokens_of_an_asynchronous_run_are_of_the_version_that_they_say(urls, tiny_model, tmp_path):
+    """Weights travel as bytes here, and by disk in the other runs."""
     workdir = tmp_path / "ahead"
-    run(workdir, SERVED, AHEAD, urls)
+    run(workdir, SERVED, AHEAD, {"server.route": "bytes"}, urls)
     found = check_steps(workdir)
     assert max(row["staleness/max"] for row in found) >= 1
     print("staleness", [row["staleness/max"] for row in found])
