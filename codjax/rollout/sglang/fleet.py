@@ -12,6 +12,7 @@ given the newest weights, verified, and only then asked again (docs/server_fault
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -22,9 +23,9 @@ from typing import Any
 
 from codjax.rollout.sampler import SamplerError
 from codjax.rollout.sglang import pool, processes, push, wire
-from codjax.rollout.sglang.replicas import ExpectedModel
+from codjax.rollout.sglang.replicas import ExpectedModel, Replica
 from codjax.rollout.sglang.sampler import SGLangSampler
-from codjax.rollout.sglang.server import ServerClient, ServerSettings
+from codjax.rollout.sglang.server import ServerSettings
 from codjax.rollout.sglang.weights import Staged
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class Fleet:
         self._group: asyncio.TaskGroup | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._newest: Staged | None = None
-        self._pushed_to: set[str] = set()  # now: a paused server looks ill
+        self._pushed_to: collections.Counter[str] = collections.Counter()  # paused, they look ill
+        self._drops: dict[str, asyncio.Task[None]] = {}
 
     @property
     def sampler(self) -> SGLangSampler:
@@ -112,21 +114,23 @@ class Fleet:
         is_first, self._newest = self._newest is None, staged
         if is_first and self._local:
             await self._start(staged)
-        clients = self._clients()
+        replicas = self.sampler.replicas
+        # One that is aside is given them when it is back, and delays nobody until then.
+        clients = [r.client for r in replicas.all if is_first or r.aside is None]
         with self._pushing(*(client.url for client in clients)):
             outcomes = await self._pusher.push(staged, clients)
         for outcome in outcomes:
             await self._admit(outcome)
         if is_first:
-            replicas = self.sampler.replicas
             if all(replica.aside is not None for replica in replicas.all):
                 raise SamplerError(f"no server took the first weights: {replicas.why_aside()}")
-            self._spawn(self._bring_back())
+            for replica in replicas.all:
+                self._spawn(self._bring_back(replica))
             self._spawn(self._watch_for_none())
 
     def metrics(self) -> dict[str, float]:
         """Those of the sampler, and how well the servers agree with the learner; any thread."""
-        gaps = [outcome.gap for outcome in self.pushed.values() if outcome.gap is not None]
+        gaps = [outcome.gap for outcome in list(self.pushed.values()) if outcome.gap is not None]
         gap = {"sampler/probe_gap": max(gaps)} if gaps else {}
         return self.sampler.metrics() | gap
 
@@ -149,7 +153,7 @@ class Fleet:
         await self._connect()
 
     def _is_idle(self, name: str) -> bool:
-        return name not in self._pushed_to and self.sampler.replicas.of(name).in_flight == 0
+        return not self._pushed_to[name] and self.sampler.replicas.of(name).in_flight == 0
 
     # Weights.
 
@@ -159,7 +163,7 @@ class Fleet:
 
     async def _admit(self, outcome: push.Outcome) -> None:
         """Let a server serve that has the newest weights; the others are aside already."""
-        self.pushed[outcome.server] = outcome
+        self.pushed[outcome.server] = outcome  # which `metrics` reads from another thread
         if not outcome.ok or self._newest is None or outcome.version != self._newest.version:
             return
         version = wire.policy_version(outcome.version, self._run_id)
@@ -167,16 +171,27 @@ class Fleet:
         with contextlib.suppress(SamplerError):
             await self.sampler.readmit(outcome.server, policy_version=version)
 
-    async def _bring_back(self) -> None:
-        """Give the newest weights to servers that are ready again, for as long as the run lasts."""
+    async def _bring_back(self, replica: Replica) -> None:
+        """Give a server the newest weights whenever it was set aside and is ready again."""
+        replicas, url = self.sampler.replicas, replica.url
         while True:
-            url = await self.sampler.returned()
-            with self._pushing(url):
-                outcome = await self._pusher.sync(self.sampler.client(url))
-            if outcome is not None:
-                await self._admit(outcome)
-            if self.sampler.replicas.of(url).aside is not None:
-                await asyncio.sleep(self._settings.probe_interval_s)
+            await asyncio.sleep(self._settings.probe_interval_s)
+            if self._pool is not None and url in self._pool.given_up:
+                self._pusher.forget(url)
+                return
+            if replica.aside is None or not await replicas.is_back(replica):
+                continue
+            if (dropping := self._drops.pop(url, None)) is not None:
+                await dropping  # it must not end what comes next
+            try:
+                with self._pushing(url):
+                    await replicas.inspect(replica)
+                    outcome = await self._pusher.sync(replica.client)
+            except SamplerError as error:
+                self.sampler.set_aside(url, str(error))
+            else:
+                if outcome is not None:
+                    await self._admit(outcome)
 
     async def _watch_for_none(self) -> None:
         """End the run when no server served for too long: it would go on with nothing.
@@ -196,19 +211,12 @@ class Fleet:
     def _distrust(self, server: str, error: str) -> None:
         """What a server is answering is not believed, and it is told to drop it."""
         self.sampler.set_aside(server, error, distrust=True)
-        self._spawn(self._drop(server))
+        if server not in self._drops or self._drops[server].done():
+            self._drops[server] = self._spawn(self._drop(server))
 
     async def _drop(self, server: str) -> None:
         with contextlib.suppress(SamplerError):  # it is aside, whatever it does
             await self.sampler.drain([server])
-
-    def _clients(self) -> list[ServerClient]:
-        """Connections to all servers but those that will not be started again."""
-        given_up = self._pool.given_up if self._pool else {}
-        for url in given_up:
-            self._pusher.forget(url)
-        replicas = self.sampler.replicas.all
-        return [replica.client for replica in replicas if replica.url not in given_up]
 
     @contextlib.contextmanager
     def _pushing(self, *urls: str) -> Iterator[None]:
@@ -216,13 +224,14 @@ class Fleet:
         try:
             yield
         finally:
-            self._pushed_to.difference_update(urls)
+            self._pushed_to.subtract(urls)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._group is not None
         task = self._group.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def _remove_folders(self) -> None:
         """Staged weights are of use to this run only, and may lie in memory."""

@@ -290,9 +290,10 @@ class Pusher:
 
     async def _check_version(self, server: Server, staged: Staged) -> None:
         info = await self._call(server, "telling its version", server.model_info())
-        if info["weight_version"] != staged.version:
+        found = info.get("weight_version") if isinstance(info, Mapping) else None
+        if found != staged.version:
             raise PushError(
-                f"{server.name} has weights {info['weight_version']!r} after it was given "
+                f"{server.name} has weights {found!r} after it was given "
                 f"{staged.version!r}; does another run use it?"
             )
 

@@ -44,7 +44,7 @@ class Router:
             SamplerError: it cannot for `server.replica_wait_s`.
         """
         while self.down is not None:
-            if await self.client.is_ready():
+            if await self._is_ready():
                 self.num_failures, self.down = 0, None
             elif time.monotonic() - self.down_since > self._settings.replica_wait_s:
                 raise SamplerError(
@@ -53,3 +53,9 @@ class Router:
                 )
             else:
                 await asyncio.sleep(self._settings.probe_interval_s)
+
+    async def _is_ready(self) -> bool:
+        try:
+            return await self.client.is_ready()
+        except SamplerError:  # something else may listen there now
+            return False

@@ -18,7 +18,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,9 +33,17 @@ from codjax.rollout.sampler import (
 from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.replicas import ExpectedModel, Replica, Replicas
 from codjax.rollout.sglang.router import Router
-from codjax.rollout.sglang.server import BusyError, NoAnswerError, ServerClient, ServerSettings
+from codjax.rollout.sglang.server import (
+    BusyError,
+    NoAnswerError,
+    RefusedError,
+    ServerClient,
+    ServerSettings,
+)
 
 T = TypeVar("T")
+# Statuses by which a server refuses every request, whatever is in it.
+_REFUSES_ALL = (401, 403, 404, 405)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -129,6 +137,7 @@ class SGLangSampler:
         flying = {
             f"sampler/in_flight_{index}": float(replica.in_flight)
             for index, replica in enumerate(self.replicas.all)
+            if self._router is None  # which does not say whom it asks
         }
         return counts | flying | {"sampler/set_aside": float(self.replicas.num_set_aside)}
 
@@ -150,12 +159,13 @@ class SGLangSampler:
             if room == 0 or (parts and len(text) > self._prompt_limit()):
                 return _generation(parts, types.StopReason.LENGTH)
             self.counters.resumed += bool(parts)
-            if self._router is None:
+            if self._router is None or self.replicas.is_in_doubt():
                 answer = await self._ask(group, self._generating(text, params, room))
             else:
                 answer = await self._ask_router(self._router, text, params, room)
             if len(answer.tokens):
                 parts.append(answer)
+                num_empty = 0
             if answer.finish is not wire.Finish.ABORT:
                 is_stop = answer.finish is wire.Finish.STOP
                 reason = types.StopReason.STOP_TOKEN if is_stop else types.StopReason.LENGTH
@@ -226,15 +236,23 @@ class SGLangSampler:
                 except (NoAnswerError, wire.BadAnswerError) as error:
                     self.replicas.failed(replica, error, admission=admission)
                     reason = error
+                except RefusedError as error:
+                    if error.status not in _REFUSES_ALL:
+                        raise
+                    self.replicas.set_aside(replica.url, str(error))
+                    reason = error
                 else:
-                    if admission > replica.distrusted:
+                    newest = _newest(answer)
+                    if await self.replicas.settled(replica, newest, admission=admission):
                         self.replicas.succeeded(replica)
                         return answer
                     reason = SamplerError(f"{replica.url} is not believed: {replica.aside}")
                 finally:
                     replica.in_flight -= 1
                 failed = replica
-            if num_tries <= self._settings.max_retries and not self.replicas.has_other(replica):
+            is_first = num_tries == 1 and not isinstance(reason, BusyError)
+            is_at_once = is_first and self.replicas.has_other(replica)
+            if num_tries <= self._settings.max_retries and not is_at_once:
                 await self._pause(num_tries)
         raise SamplerError(
             f"gave up after {num_tries} tries (server.max_retries is "
@@ -279,7 +297,7 @@ class SGLangSampler:
                     reason = error
                 else:
                     router.num_failures = 0
-                    if num_distrusted == self.replicas.num_distrusted:
+                    if await self.replicas.reached(_newest(answer), since=num_distrusted):
                         return answer
                     reason = SamplerError(f"{router.client.url} may have asked a server in doubt")
             if num_tries <= self._settings.max_retries:
@@ -326,6 +344,12 @@ class SGLangSampler:
                 f"token ids must lie in [0, {self._expected.vocab_size}), the vocabulary of the "
                 f"model; got ids from {tokens.min()} to {tokens.max()}."
             )
+
+
+def _newest(answer: Any) -> int:
+    """Version of the newest weights behind an answer; scores do not tell theirs."""
+    spans = answer.spans if isinstance(answer, wire.Answer) else ()
+    return max((span.version for span in spans), default=-1)
 
 
 def _generation(parts: Sequence[wire.Answer], reason: types.StopReason) -> Generation:

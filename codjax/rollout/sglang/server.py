@@ -146,6 +146,20 @@ class ServerClient:
             return False
         return True
 
+    async def wake(self) -> bool:
+        """Whether it takes requests, after it was told to go on if it was left paused.
+
+        That is how a trainer leaves it that is killed during a push.
+        """
+        try:
+            if await self.is_ready():
+                return True
+            await self.model_info()  # it answers, so it neither loads nor is gone
+            await self.continue_()
+            return await self.is_ready()
+        except (NoAnswerError, BusyError, wire.BadAnswerError):
+            return False
+
     async def info(self) -> wire.ServerInfo:
         """What it says about itself, but for the vocabulary."""
         server = await self._get_json("/server_info", older="/get_server_info")
@@ -362,7 +376,8 @@ class ServerClient:
     def _headers(self, route: str) -> dict[str, str]:
         """Of a request; the key of a route is the user's where there is no other, as there."""
         settings = self._settings
-        is_open = route == "/generate" or route.startswith(("/v1/", "/get_", "/model", "/server"))
+        of_user = ("/generate", "/v1/", "/get_", "/model", "/server", "/ready", "/health")
+        is_open = route.startswith(of_user)
         key = settings.api_key if is_open else settings.admin_api_key or settings.api_key
         headers = {"Content-Type": "application/json"}
         return headers | {"Authorization": f"Bearer {key}"} if key else headers

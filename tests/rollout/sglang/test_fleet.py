@@ -67,9 +67,21 @@ class Server(FakeServer):
 
     Attributes:
         update: "takes", "refuses" or "hangs".
+        scoring: scores wait for it, if there is one.
+        is_wrong: scores are those of other weights.
     """
 
     update = "takes"
+    scoring = None
+    is_wrong = False
+
+    async def _run(self, body, running, fault):
+        if body["logprob_start_len"] >= 0 and self.scoring is not None:
+            await self.scoring.wait()
+        return await super()._run(body, running, fault)
+
+    def scored(self, ids):
+        return [None, *[-9.0] * (len(ids) - 1)] if self.is_wrong else super().scored(ids)
 
     async def _from_disk(self, request):
         if self.update == "hangs":
@@ -234,5 +246,101 @@ def test_cancelled_in_the_middle_of_a_load_it_lets_the_servers_go_on(tmp_path):
                 await task
             assert [server.paused for server in servers] == [None, None]
             assert list(tmp_path.iterdir()) == []
+
+    run(scenario())
+
+
+def test_a_server_that_was_left_paused_is_told_to_go_on(tmp_path):
+    """As by a trainer that was killed during a push."""
+
+    async def scenario():
+        async with Server() as server:
+            server.change(paused="retract")
+            pushes = push.PushSettings(call_timeout_s=5, load_timeout_s=5, tolerance=1e-6)
+            made = fleet.Fleet(settings([server]), pushes, EXPECTED, run_id="run")
+            async with made.opened():
+                await made.load(staged(tmp_path, 0))
+                assert serving(made) == [True]
+
+    run(scenario())
+
+
+def test_one_that_never_takes_them_keeps_no_other_away(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            servers[0].update = "refuses"
+            await made.load(staged(tmp_path, 1))
+            made.sampler.set_aside(servers[1].url, "it was slow")
+            await servers[1].until(lambda: serving(made) == [False, True])
+
+    run(scenario())
+
+
+def test_one_that_hangs_aside_delays_no_load(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            servers[0].update = "hangs"
+            made.sampler.set_aside(servers[0].url, "it was slow")
+            await servers[0].until(lambda: len(servers[0].pushes) == 2)  # it is being brought back
+            async with asyncio.timeout(1):
+                await made.load(staged(tmp_path, 1))
+            assert (serving(made), versions(made)) == ([False, True], [0, 1])
+
+    run(scenario())
+
+
+def test_a_server_that_serves_again_is_not_drained_any_more(tmp_path):
+    async def scenario():
+        async with opened(1) as (made, (server,)):
+            await made.load(staged(tmp_path, 0))
+            server.update = "refuses"
+            await made.load(staged(tmp_path, 1))
+            server.update = "takes"
+            await server.until(lambda: serving(made) == [True])
+            server.calls.clear()
+            server.change(hold_after=1)
+            asked = asyncio.create_task(ask(made, 3))
+            await asyncio.sleep(0.3)
+            assert "/abort_request" not in server.calls
+            server.change(hold_after=None)
+            assert len(await asked) == 3
+
+    run(scenario())
+
+
+def test_an_answer_by_new_weights_waits_for_their_probe(tmp_path):
+    """The server goes on before it can score: what it says meanwhile is not believed yet."""
+
+    async def scenario():
+        async with opened(1) as (made, (server,)):
+            await made.load(staged(tmp_path, 0))
+            for is_right in (True, False):
+                number = 1 if is_right else 2
+                judged = asyncio.Event()
+                server.scoring = judged
+                server.change(hold_after=2)
+                asked = asyncio.create_task(ask(made))
+                await server.until(lambda: any(len(r.tokens) == 2 for r in server.running.values()))
+                loading = asyncio.create_task(made.load(staged(tmp_path, number)))
+                await server.until(lambda: server.weight_version == f"run-{number}")  # noqa: B023
+                server.change(hold_after=None)
+                await server.until(lambda: len(server.running) == 1)  # the probe
+                await asyncio.sleep(0.05)
+                assert not asked.done()
+                server.is_wrong = not is_right
+                judged.set()
+                await loading
+                if is_right:
+                    (answer,) = await asked
+                    assert answer.policy_version == 0
+                    assert answer.version_spans[-1].version == 1
+                else:
+                    assert serving(made) == [False]
+                    assert not asked.done()  # it waits for a server
+                    server.is_wrong = False
+                    (answer,) = await asked
+                    assert answer.policy_version == 2  # asked again, from its beginning
 
     run(scenario())
