@@ -23,6 +23,8 @@ from codjax.rollout.sampler import SamplerError, SamplingParams
 from codjax.rollout.sglang import wire
 
 T = TypeVar("T")
+# A server closes connections that idle for 5 s; to send on one that it just closes is a failure.
+_KEEP_ALIVE_S = 2.0
 _LARGE = 2**16  # bytes of a request that are not sent at once
 
 
@@ -108,7 +110,8 @@ class ServerClient:
         self.url = url.rstrip("/")
         self._settings = settings
         # The sampler bounds what is open at once; a queue here would count as waiting for answers.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector)
         self._info: wire.ServerInfo | None = None
 
     async def __aenter__(self) -> ServerClient:
