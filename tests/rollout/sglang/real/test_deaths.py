@@ -169,7 +169,13 @@ def test_a_server_that_is_killed_while_it_takes_weights(pair, tmp_path, route):
             good, bad = await owner.pusher.push(staged, [sampler.client(pair.urls[0]), dying])
             killed = time.monotonic()
             print(bad.error)
-            assert {"disk": "from_disk", "bytes": "from_tensor"}[route] in bad.error
+            # A tiny model may be loaded before the signal gets there: then it is the step after it.
+            steps = (
+                {"disk": "from_disk", "bytes": "from_tensor"}[route],
+                "flush_cache",
+                "_weight_update",
+            )
+            assert any(step in bad.error for step in steps)
             assert (good.error, bad.ok, bad.folder) == (None, False, None)
             await sampler.readmit(pair.urls[0], policy_version=1)
             answers = await asyncio.gather(*asked)
