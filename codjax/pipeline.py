@@ -10,10 +10,10 @@
 A rollout step begins when at most `max_staleness` others are under way: being sampled, waiting, or
 being trained on. With 0 that is a synchronous loop, by the same code.
 
-Without `in_flight_updates`, one step is sampled at a time, and what may be begun is begun before
-the learner goes on. With a staleness of 0 or 1, step `j` (from 0) is then sampled by the weights
-after `j - max_staleness` updates, whatever the timing, so that a run can be repeated. With it,
-steps overlap, new weights are handed on at once, and a sampler changes them within its answers.
+Without `in_flight_updates`, one step is sampled at a time; where a run can be repeated, what may be
+begun is begun before the learner goes on. With a staleness of 0 or 1, step `j` (from 0) is then
+sampled by the weights after `j - max_staleness` updates, whatever the timing. With it, steps
+overlap, new weights are handed on at once, and a sampler changes them within its answers.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ class Pipeline:
         self._running: dict[int, asyncio.Task[tuple[Any, int | None]]] = {}
         self._training: replay.Item | None = None
         self._offered: tuple[Any, int] | None = None
+        self._last_offered: int | None = None
         self._loading: asyncio.Task[None] | None = None
         self._loaded: int | None = None
         self._error: BaseException | None = None
@@ -172,17 +173,18 @@ class Pipeline:
     def offer(self, weights: Any, *, version: int) -> None:
         """The newest weights; returns at once. They must stay as they are until others come."""
         with self._changed:
-            self._offered = (weights, version)
-        self._loop.call_soon_threadsafe(self._wake.set)
+            self._offered, self._last_offered = (weights, version), version
+        self._wake_up()
 
     def is_due(self, version: int) -> bool:
-        """Whether weights of this version would be handed on, once offered.
+        """Whether weights of this version are to be offered.
 
-        With `in_flight_updates`, not while others are on their way: newer ones come soon.
+        The same in all processes, whose samplers may be slower or quicker: what is offered must be
+        made by all of them together.
         """
-        with self._changed:
-            is_busy = self._loading is not None and self._settings.in_flight_updates
-            return self._is_due(version) and not is_busy
+        return self._last_offered is None or (
+            version - self._last_offered >= self._settings.sync_every
+        )
 
     def take(self, update: int) -> Drawn | None:
         """What the update trains on, as soon as there is something.
@@ -209,9 +211,9 @@ class Pipeline:
             with self._changed:
                 self._training, too_old = self._replay.draw(update, common)
             dropped += too_old
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._wake_up()
         with self._changed:
-            while not self._settings.in_flight_updates and self._may_begin():
+            while self._settings.is_repeatable and self._may_begin():
                 self._sleep(wait, since=begin)
             seconds = self._times.taken(self._training.step, is_idle=not self._running)
         return Drawn(item=self._training, too_old=tuple(dropped), seconds=seconds)
@@ -222,7 +224,7 @@ class Pipeline:
             self._training = None
             self._num_trained += 1
             self._replay.put_back(drawn.item)
-        self._loop.call_soon_threadsafe(self._wake.set)
+        self._wake_up()
 
     def position(self) -> Position:
         """For a checkpoint, between `consumed` and `take`.
@@ -302,12 +304,23 @@ class Pipeline:
         """The rollouts, until they are cancelled; an error is kept for the learner's thread."""
         try:
             async with self._around:
-                await self._sample_all()
+                try:
+                    await self._sample_all()
+                except Exception as error:  # known before what is around has ended
+                    self._keep(error)
+                    raise
         except BaseException as error:
-            with self._changed:
-                self._error = _first(error)
-                self._changed.notify_all()
+            self._keep(error)
             raise
+
+    def _keep(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or _first(error)
+            self._changed.notify_all()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended; `take` says why
+            self._loop.call_soon_threadsafe(self._wake.set)
 
     async def _sample_all(self) -> None:
         """Hands weights on, begins what may begin, takes in what is done."""

@@ -59,10 +59,6 @@ class Source:
         """This process's trajectories of a step, group by group, and the version of the newest.
 
         With all processes', a function of the step and the weights, if the sampler is.
-
-        Raises:
-            SamplerError: not one run got its answers. A run on such steps would go through its
-                tasks and learn nothing.
         """
         step_packs, _ = draw_packs(self.config, self.tasksets, step)
         groups = await runner.run_packs(
@@ -74,7 +70,6 @@ class Source:
             settings=self.settings,
             seed=seeds.derive_seed(self.config.seed, "rollout", step),
         )
-        _check_any_answered(step, groups)
         versions = [
             turn.policy_version
             for group in groups
@@ -85,7 +80,14 @@ class Source:
         return groups, max(versions, default=None)
 
 
-def _check_any_answered(step: int, groups: Groups) -> None:
+def check_any_answered(step: int, groups: Groups) -> None:
+    """Raises if not one run of a step, of all processes, got its answers.
+
+    On such steps a run would go through its tasks and learn nothing.
+
+    Raises:
+        SamplerError: with what the last of them was told.
+    """
     runs = [run for group in groups for run in group]
     if runs and all(run.failure is types.StopReason.SAMPLER_FAILED for run in runs):
         last = runs[-1].episodes[-1].feedback
@@ -138,7 +140,10 @@ def open_pipeline(
         in_flight_updates=rollout.in_flight_updates,
         max_concurrent=rollout.steps_at_once,
         sync_every=rollout.sync_every,
-        is_repeatable=rollout.sampler == "engine" and not rollout.in_flight_updates,
+        is_repeatable=rollout.sampler == "engine"
+        and not rollout.in_flight_updates
+        and rollout.max_staleness <= 1
+        and rollout.sync_every == 1,
         deadline_s=rollout.deadline_s,
         deadline_key="rollout.deadline_s",
     )
@@ -170,13 +175,13 @@ def open_pipeline(
 
 
 def common(waiting: list[dict[int, int]]) -> dict[int, int]:
-    """Steps that wait in all processes → the oldest version that any of them says.
+    """Steps that wait in all processes → version of the newest sample in any of them.
 
     >>> common([{3: 2, 4: 3}, {4: 2, 5: 2}])
-    {4: 2}
+    {4: 3}
     """
     steps = set(waiting[0]).intersection(*waiting[1:])
-    return {step: min(one[step] for one in waiting) for step in sorted(steps)}
+    return {step: max(one[step] for one in waiting) for step in sorted(steps)}
 
 
 def of_all(groups: Groups) -> Groups:

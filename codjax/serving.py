@@ -218,7 +218,7 @@ def _urls(config: ConfigDict) -> tuple[str, ...]:
     """Addresses of this process's servers."""
     urls = tuple(distributed.share(config.server.urls))
     checks.require(
-        bool(urls) or bool(config.server.local.num),
+        bool(urls) or not config.server.urls,
         "server.urls",
         f"name at least {distributed.num_processes()} servers",
         "each of the processes that train together asks its own",

@@ -7,8 +7,8 @@
 Read `main`, then `_loop` and `_train_on`; what is above the learner happens in the thread of
 `rollouts.open_pipeline`, as far ahead as `rollout.max_staleness` allows. Every random number is
 derived from the seed by name and step. Where the sampler draws from it too (the engine) and the
-clock has no say (no in-flight updates), a run is a function of its config, and one that was killed
-and started again writes what it would have written.
+clock has no say (no in-flight updates, one step ahead at most, weights every step), a run is a
+function of its config, and one that was killed and started again writes what it would have written.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ def _loop(
                 _stop(save, step)
             clock.lap("wait_rollout_s")
             groups = rollouts.of_all(drawn.item.payload)
+            rollouts.check_any_answered(drawn.item.step, groups)
             clock.lap("exchange_s")
             oldest = replay.oldest_version(version + 1, max_staleness=config.rollout.max_staleness)
             state, scored, numbers = _train_on(run, state, groups, reference, clock, oldest=oldest)

@@ -281,6 +281,38 @@ def test_what_a_rollout_raises_is_raised_where_it_is_awaited(tmp_path, where):
         train(world, made)
 
 
+def test_what_a_rollout_raises_during_an_update_is_raised_at_the_next_take(tmp_path):
+    world = World(tmp_path, max_staleness=1)
+    world.gates = {1: threading.Event()}
+    sample = world.sample
+
+    async def fail_at_1(step):
+        result = await sample(step)
+        if step == 1:
+            raise KeyError("the one clear sentence")
+        return result
+
+    world.sample = fail_at_1
+    with world.open() as made:
+        made.offer("weights 0", version=0)
+        drawn = made.take(1)
+        world.gates[1].set()
+        wait_until(lambda: not made._thread.is_alive())
+        made.offer("weights 1", version=1)
+        made.consumed(drawn)
+        with pytest.raises(KeyError, match="the one clear sentence"):
+            made.take(2)
+
+
+def test_weights_are_due_by_what_was_offered_alone(tmp_path):
+    """Not by what a sampler has taken, which differs between processes."""
+    world = World(tmp_path, max_staleness=3, sync_every=2)
+    with world.open() as made:
+        assert made.is_due(0)
+        made.offer("weights 0", version=0)
+        assert [made.is_due(version) for version in (0, 1, 2)] == [False, False, True]
+
+
 def test_a_rollout_that_does_not_come_is_a_stall_with_its_stack(tmp_path):
     world = World(tmp_path, deadline_s=0.2)
     world.gates = {0: threading.Event()}

@@ -53,8 +53,13 @@ def check_asynchrony(rollout: ConfigDict) -> None:
             rollout.in_flight_updates,
         )
         return
-    for key, default in (("steps_at_once", 2), ("replay.max_uses", 1)):
-        value = rollout[key] if "." not in key else replay.max_uses
+    idle = (
+        ("steps_at_once", rollout.steps_at_once, 2),
+        ("replay.max_uses", replay.max_uses, 1),
+        ("replay.decay", replay.decay, 2.0),
+        ("replay.noise", replay.noise, 2.0),
+    )
+    for key, value, default in idle:
         checks.require(
             value == default,
             f"rollout.{key}",

@@ -132,7 +132,7 @@ class Fleet:
         """Those of the sampler, and how well the servers agree with the learner; any thread."""
         gaps = [outcome.gap for outcome in list(self.pushed.values()) if outcome.gap is not None]
         gap = {"sampler/probe_gap": max(gaps)} if gaps else {}
-        return self.sampler.metrics() | gap
+        return (self._sampler.metrics() if self._sampler is not None else {}) | gap
 
     # Local servers.
 
