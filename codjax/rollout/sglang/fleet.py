@@ -12,6 +12,7 @@ given the newest weights, verified, and only then asked again (docs/server_fault
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -22,7 +23,7 @@ from typing import Any
 
 from codjax.rollout.sampler import SamplerError
 from codjax.rollout.sglang import pool, processes, push, wire
-from codjax.rollout.sglang.replicas import ExpectedModel
+from codjax.rollout.sglang.replicas import ExpectedModel, Replica
 from codjax.rollout.sglang.sampler import SGLangSampler
 from codjax.rollout.sglang.server import ServerClient, ServerSettings
 from codjax.rollout.sglang.weights import Staged
@@ -65,7 +66,9 @@ class Fleet:
         self._group: asyncio.TaskGroup | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._newest: Staged | None = None
-        self._pushed_to: set[str] = set()  # now: a paused server looks ill
+        # Pushes to each server now, which waits for an earlier one: a paused server looks ill.
+        self._pushed_to: collections.Counter[str] = collections.Counter()
+        self._is_ending = False  # from an error, or the end of the body, on
 
     @property
     def sampler(self) -> SGLangSampler:
@@ -89,6 +92,7 @@ class Fleet:
                         await self._connect()
                     yield self
                 finally:
+                    self._is_ending = True
                     for task in self._background:
                         task.cancel()
         except BaseExceptionGroup as group:
@@ -96,9 +100,11 @@ class Fleet:
         finally:
             self._sampler = self._group = None
             self._background.clear()
-            if self._pool is not None:
-                await self._pool.stop()
-            self._remove_folders()
+            try:
+                if self._pool is not None:
+                    await self._pool.stop()
+            finally:
+                self._remove_folders()
 
     async def load(self, staged: Staged) -> None:
         """Give weights to all servers; those that have them, verified, serve from then on.
@@ -121,12 +127,14 @@ class Fleet:
             replicas = self.sampler.replicas
             if all(replica.aside is not None for replica in replicas.all):
                 raise SamplerError(f"no server took the first weights: {replicas.why_aside()}")
-            self._spawn(self._bring_back())
+            for replica in replicas.all:
+                self._spawn(self._bring_back(replica))
             self._spawn(self._watch_for_none())
 
     def metrics(self) -> dict[str, float]:
         """Those of the sampler, and how well the servers agree with the learner; any thread."""
-        gaps = [outcome.gap for outcome in self.pushed.values() if outcome.gap is not None]
+        pushed = list(self.pushed.values())  # at once: another thread adds to them
+        gaps = [outcome.gap for outcome in pushed if outcome.gap is not None]
         gap = {"sampler/probe_gap": max(gaps)} if gaps else {}
         return self.sampler.metrics() | gap
 
@@ -149,7 +157,7 @@ class Fleet:
         await self._connect()
 
     def _is_idle(self, name: str) -> bool:
-        return name not in self._pushed_to and self.sampler.replicas.of(name).in_flight == 0
+        return not self._pushed_to[name] and self.sampler.replicas.of(name).in_flight == 0
 
     # Weights.
 
@@ -167,16 +175,24 @@ class Fleet:
         with contextlib.suppress(SamplerError):
             await self.sampler.readmit(outcome.server, policy_version=version)
 
-    async def _bring_back(self) -> None:
-        """Give the newest weights to servers that are ready again, for as long as the run lasts."""
+    async def _bring_back(self, replica: Replica) -> None:
+        """Give a server the newest weights whenever it is ready again. One waits for no other."""
+        url, replicas = replica.url, self.sampler.replicas
         while True:
-            url = await self.sampler.returned()
-            with self._pushing(url):
-                outcome = await self._pusher.sync(self.sampler.client(url))
-            if outcome is not None:
-                await self._admit(outcome)
-            if self.sampler.replicas.of(url).aside is not None:
+            await replicas.until_aside(replica)
+            await self._pusher.go_on(replica.client)
+            is_ready = await replicas.is_ready(replica)
+            # Else a load gave them to it meanwhile, or is about to.
+            if is_ready and replica.aside is not None and not self._pushed_to[url]:
+                await self._sync(replica)
+            if replica.aside is not None:
                 await asyncio.sleep(self._settings.probe_interval_s)
+
+    async def _sync(self, replica: Replica) -> None:
+        with self._pushing(replica.url):
+            outcome = await self._pusher.sync(replica.client)
+        if outcome is not None:
+            await self._admit(outcome)
 
     async def _watch_for_none(self) -> None:
         """End the run when no server served for too long: it would go on with nothing.
@@ -196,7 +212,8 @@ class Fleet:
     def _distrust(self, server: str, error: str) -> None:
         """What a server is answering is not believed, and it is told to drop it."""
         self.sampler.set_aside(server, error, distrust=True)
-        self._spawn(self._drop(server))
+        if not self._is_ending:  # else the connections close, which ends its requests
+            self._spawn(self._drop(server))
 
     async def _drop(self, server: str) -> None:
         with contextlib.suppress(SamplerError):  # it is aside, whatever it does
@@ -216,13 +233,18 @@ class Fleet:
         try:
             yield
         finally:
-            self._pushed_to.difference_update(urls)
+            self._pushed_to.subtract(urls)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
         task = self._group.create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._is_ending = True  # the group takes no tasks any more, and cancels the body
 
     def _remove_folders(self) -> None:
         """Staged weights are of use to this run only, and may lie in memory."""

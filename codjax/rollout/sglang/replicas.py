@@ -25,6 +25,7 @@ from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.server import (
     BusyError,
     NoAnswerError,
+    RefusedError,
     ServerClient,
     ServerSettings,
 )
@@ -67,6 +68,7 @@ class Replica:
         num_failures: failed requests since the last good one.
         admission: counts its readmissions; a failure from before the last one is old news.
         distrusted: the last admission of which no answer is to be believed.
+        num_set_aside: how often it was, again while it was; that ends a readmission under way.
         aside: why nothing is sent to it, or None while it serves.
         aside_since: when it was set aside, on the monotonic clock.
     """
@@ -78,8 +80,10 @@ class Replica:
     num_failures: int = 0
     admission: int = 0
     distrusted: int = -1
+    num_set_aside: int = 0
     aside: str | None = "it was not given weights yet"
     aside_since: float = dataclasses.field(default_factory=time.monotonic)
+    returned_at: float = 0.0  # the last time that `returned` named it
 
     @property
     def url(self) -> str:
@@ -185,6 +189,7 @@ class Replicas:
             self.num_set_aside += 1
             replica.aside_since = time.monotonic()
             self._notify()
+        replica.num_set_aside += 1
         replica.aside = reason.rstrip(".")  # the newest reason is what is in its way
 
     async def readmit(self, url: str, *, policy_version: int | None) -> None:
@@ -194,15 +199,18 @@ class Replicas:
         nobody pushes to: it scores texts, and its answers are refused, as any of another run.
 
         Raises:
-            SamplerError: it is not ready, or runs another model or other weights after all; it is
-                set aside then.
+            SamplerError: it is not ready, or runs another model or other weights after all, or was
+                set aside while it was asked; it is set aside then.
         """
         replica = self.of(url)
+        num_set_aside = replica.num_set_aside
         try:
             await self._check_weights(replica, policy_version)
         except SamplerError as error:
             self.set_aside(url, str(error))
             raise
+        if replica.num_set_aside != num_set_aside:  # such as by a push that failed
+            raise SamplerError(f"{url} was set aside while it was readmitted: {replica.aside}.")
         if replica.aside is not None:
             what = (
                 "as it is" if policy_version is None else f"the weights of version {policy_version}"
@@ -216,20 +224,38 @@ class Replicas:
     async def returned(self) -> str:
         """The address of a replica that was set aside and is ready; waits for one.
 
-        The same one is returned again until it is readmitted: an owner that cannot give it weights
-        should wait before it asks again.
+        Each is returned again until it is readmitted, and those in turn of which there are several:
+        an owner that cannot give them weights should wait before it asks again.
         """
         while True:
-            for replica in self.all:
-                if replica.aside is not None and await replica.client.is_ready():
+            for replica in sorted(self.all, key=lambda replica: replica.returned_at):
+                if replica.aside is not None and await self.is_ready(replica):
+                    replica.returned_at = time.monotonic()
                     return replica.url
             if all(replica.aside is None for replica in self.all):
                 await self._changed.wait()
             else:
                 await asyncio.sleep(self._settings.probe_interval_s)
 
+    async def until_aside(self, replica: Replica) -> None:
+        """Waits until a replica is set aside, if it is not."""
+        while replica.aside is None:
+            await self._changed.wait()
+
+    async def is_ready(self, replica: Replica) -> bool:
+        """Whether a replica takes requests.
+
+        Whatever else answers at its address now, such as a proxy, says no by refusing.
+        """
+        try:
+            return await replica.client.is_ready()
+        except RefusedError:
+            return False
+
     async def drain(self, urls: Sequence[str]) -> None:
         """Sets servers aside and ends what they do; partial answers go on elsewhere, or wait.
+
+        One that is readmitted meanwhile is left alone.
 
         Raises:
             SamplerError: one was not idle within `settings.drain_timeout_s`.
@@ -305,8 +331,10 @@ class Replicas:
 
     async def _drain(self, replica: Replica) -> None:
         deadline = time.monotonic() + self._settings.drain_timeout_s
-        seen = "it did not answer"
+        seen, admission = "it did not answer", replica.admission
         while time.monotonic() < deadline:
+            if replica.admission != admission:
+                return
             try:
                 await replica.client.abort_all()
                 load = await replica.client.load()

@@ -156,7 +156,8 @@ class ServerClient:
 
     async def model_info(self) -> Mapping[str, Any]:
         """What `/model_info` answers: the weights' folder and `weight_version`, among others."""
-        return await self._get_json("/model_info", older="/get_model_info")
+        answer = await self._get_json("/model_info", older="/get_model_info")
+        return self._judged(wire.parse_model, answer)
 
     async def vocab_size(self) -> int | None:
         """V, or None if it does not tell. Not while it is paused: it would wait."""
