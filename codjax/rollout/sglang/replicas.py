@@ -90,6 +90,11 @@ class Replica:
         """Its address."""
         return self.client.url
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it may have other weights than it says, until it is readmitted."""
+        return self.distrusted == self.admission
+
 
 class Replicas:
     """All servers of a sampler; owns their clients until `close`. One event loop."""

@@ -10,7 +10,12 @@ import asyncio
 import time
 
 from codjax.rollout.sampler import SamplerError
-from codjax.rollout.sglang.server import NoAnswerError, ServerClient, ServerSettings
+from codjax.rollout.sglang.server import (
+    NoAnswerError,
+    RefusedError,
+    ServerClient,
+    ServerSettings,
+)
 
 
 class Router:
@@ -18,6 +23,7 @@ class Router:
 
     Attributes:
         client: its connections.
+        in_flight: requests of ours that it is answering.
         num_failures: failed requests since the last good one.
         down: why it is asked nothing but whether it is ready, or None.
         down_since: on the monotonic clock.
@@ -26,8 +32,8 @@ class Router:
     def __init__(self, settings: ServerSettings) -> None:
         assert settings.router is not None
         self.client = ServerClient(settings.router, settings)
-        self.num_failures = 0
-        self.down: str | None = "it does not answer /ready or /health"
+        self.in_flight = self.num_failures = 0
+        self.down: str | None = "it does not answer /readiness or /health"
         self.down_since = time.monotonic()
         self._settings = settings
 
@@ -44,7 +50,7 @@ class Router:
             SamplerError: it cannot for `server.replica_wait_s`.
         """
         while self.down is not None:
-            if await self.client.is_ready():
+            if await self._is_ready():
                 self.num_failures, self.down = 0, None
             elif time.monotonic() - self.down_since > self._settings.replica_wait_s:
                 raise SamplerError(
@@ -53,3 +59,11 @@ class Router:
                 )
             else:
                 await asyncio.sleep(self._settings.probe_interval_s)
+
+    async def _is_ready(self) -> bool:
+        """Whether it has servers to ask; its /health says that all is well without any."""
+        try:
+            return await self.client.is_ready("/readiness")
+        except RefusedError as error:
+            self.down = f"{error} (is it an sglang-router?)"
+            return False

@@ -130,6 +130,8 @@ class SGLangSampler:
             f"sampler/in_flight_{index}": float(replica.in_flight)
             for index, replica in enumerate(self.replicas.all)
         }
+        if self._router is not None:
+            flying["sampler/in_flight_router"] = float(self._router.in_flight)
         return counts | flying | {"sampler/set_aside": float(self.replicas.num_set_aside)}
 
     async def generate(
@@ -150,10 +152,11 @@ class SGLangSampler:
             if room == 0 or (parts and len(text) > self._prompt_limit()):
                 return _generation(parts, types.StopReason.LENGTH)
             self.counters.resumed += bool(parts)
-            if self._router is None:
-                answer = await self._ask(group, self._generating(text, params, room))
-            else:
+            answer = None
+            if self._router is not None:
                 answer = await self._ask_router(self._router, text, params, room)
+            if answer is None:
+                answer = await self._ask(group, self._generating(text, params, room))
             if len(answer.tokens):
                 parts.append(answer)
             if answer.finish is not wire.Finish.ABORT:
@@ -243,26 +246,30 @@ class SGLangSampler:
 
     async def _ask_router(
         self, router: Router, text: np.ndarray, params: SamplingParams, room: int
-    ) -> wire.Answer:
-        """An answer of any server; whose it is, nobody says.
+    ) -> wire.Answer | None:
+        """An answer of any server, or None where the servers themselves are to be asked.
 
-        So no server is blamed for a failure, what any of them answered while one was distrusted is
-        dropped, and an answer must be at least as new as the oldest weights that serve: the router
-        may ask a server that was set aside.
+        Whose an answer is, nobody says, and the router may ask a server that was set aside, by its
+        policy even each time. So no server is blamed for a failure, an answer must be as new as the
+        oldest weights that serve, what is not believed is not asked for here again, and while a
+        server is in doubt, whose answers look as all others do, nothing is.
 
         Raises:
-            SamplerError: as `_ask`.
+            SamplerError: the router, or whom it asked, failed more often than `server.max_retries`
+                allows.
         """
         reason: SamplerError
         for num_tries in range(1, self._settings.max_retries + 2):
             start = time.monotonic()
             async with self._places:
-                await self.replicas.choose(0, avoid=None)  # waits until one serves
-                await router.ready()
+                await self._router_ready(router)
                 self.counters.wait_s += time.monotonic() - start
-                self.counters.requests += 1
                 self.counters.retries += num_tries > 1
+                if any(replica.is_in_doubt for replica in self.replicas.all):
+                    return None
+                self.counters.requests += 1
                 num_distrusted = self.replicas.num_distrusted
+                router.in_flight += 1
                 try:
                     answer = await router.client.generate(
                         text,
@@ -272,7 +279,10 @@ class SGLangSampler:
                         run_id=self._run_id,
                         oldest_version=self.replicas.oldest_version(),
                     )
-                except (BusyError, wire.BadAnswerError) as error:
+                except wire.BadAnswerError:
+                    self.counters.retries += 1
+                    return None
+                except BusyError as error:
                     reason = error
                 except NoAnswerError as error:
                     router.failed(error)
@@ -281,13 +291,24 @@ class SGLangSampler:
                     router.num_failures = 0
                     if num_distrusted == self.replicas.num_distrusted:
                         return answer
-                    reason = SamplerError(f"{router.client.url} may have asked a server in doubt")
+                    self.counters.retries += 1
+                    return None
+                finally:
+                    router.in_flight -= 1
             if num_tries <= self._settings.max_retries:
                 await self._pause(num_tries)
         raise SamplerError(
             f"gave up after {num_tries} tries by server.router (server.max_retries is "
             f"{self._settings.max_retries}), the last: {reason}"
         ) from reason
+
+    async def _router_ready(self, router: Router) -> None:
+        """Waits until the router can be asked and a server serves, both at once."""
+        while True:
+            await self.replicas.choose(0, avoid=None)
+            await router.ready()
+            if any(replica.aside is None for replica in self.replicas.all):
+                return
 
     async def _pause(self, num_failures: int) -> None:
         """Longer after each failure; drawn, so that requests that failed together part."""
