@@ -201,7 +201,7 @@ class Replicas:
         """Its weights are those of `policy_version`: it serves from now on, or goes on serving.
 
         To be called after every push, for every replica. None takes it as it is, for a teacher that
-        nobody pushes to: it scores texts, and its answers are refused, as any of another run.
+        nobody pushes to: it scores texts, and is asked for no answers.
 
         Raises:
             SamplerError: it is not ready, or runs another model or other weights after all, or was

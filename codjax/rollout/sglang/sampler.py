@@ -107,6 +107,19 @@ class SGLangSampler:
         """See `Replicas.readmit`."""
         await self.replicas.readmit(url, policy_version=policy_version)
 
+    async def serve_as_they_are(self) -> None:
+        """Lets servers score with the weights that they have, also after they were gone.
+
+        For a teacher, whose weights nobody pushes: a task of the owner beside `score`, which never
+        ends by itself. `generate` is refused.
+        """
+        while True:
+            url = await self.returned()
+            try:
+                await self.readmit(url, policy_version=None)
+            except SamplerError:  # it is aside, with this reason
+                await asyncio.sleep(self._settings.probe_interval_s)
+
     def set_aside(self, url: str, reason: str, *, distrust: bool = False) -> None:
         """See `Replicas.set_aside`."""
         self.replicas.set_aside(url, reason, distrust=distrust)
@@ -194,6 +207,11 @@ class SGLangSampler:
         """One try of a generation, on a replica."""
 
         async def call(replica: Replica) -> wire.Answer:
+            if replica.policy_version < 0:
+                raise SamplerError(
+                    f"{replica.url} serves the weights that it has: it scores texts, and answers "
+                    "nothing for this run before the run's weights were pushed there."
+                )
             return await replica.client.generate(
                 text,
                 params,
@@ -266,6 +284,8 @@ class SGLangSampler:
                 self.counters.wait_s += time.monotonic() - start
                 self.counters.retries += num_tries > 1
                 if any(replica.is_in_doubt for replica in self.replicas.all):
+                    return None
+                if self.replicas.oldest_version() < 0:  # a teacher's, who refuses
                     return None
                 self.counters.requests += 1
                 num_distrusted = self.replicas.num_distrusted
