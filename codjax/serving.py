@@ -34,6 +34,14 @@ from codjax.rollout import sampler as samplers
 from codjax.rollout.sglang import fleet, processes, replicas, settings, weights
 
 _PROBE_TOKENS = 32
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class Serving(Protocol):
@@ -143,6 +151,7 @@ class Servers:
             run_id=self._run_id,
             local=_local(config, model_folder=self._folder, log_folder=folder / "servers"),
         )
+        self._tokenizer_files = _tokenizer_files(config.tokenizer.source)
         self._probe = _probe_tokens(model.config.vocab_size)
         self._score = jax.jit(
             functools.partial(models.score_rows, nnx.split(model)[0], implementation="xla"),
@@ -175,6 +184,7 @@ class Servers:
             layouts=hf_tensors.layouts(shape, dtype),
             tensors=hf_tensors.tensors(shape, params, dtype),
             config=shape.to_hf() | {"torch_dtype": dtype},
+            files=self._tokenizer_files,
             probe=weights.Probe(tokens=self._probe, logprobs=np.asarray(scores)[0]),
         )
         if self._server.route == "disk":
@@ -244,6 +254,12 @@ def _weights_folder(config: ConfigDict, folder: pathlib.Path) -> pathlib.Path:
     chosen = config.server.weights_folder
     base = pathlib.Path(chosen).expanduser() if chosen else folder / "weights"
     return (base / f"process_{distributed.process_index()}").resolve()
+
+
+def _tokenizer_files(source: str) -> tuple[pathlib.Path, ...]:
+    """Of a Hugging Face folder, for servers that are started with a tokenizer."""
+    folder = pathlib.Path(source).expanduser()
+    return tuple(path for path in map(folder.joinpath, _TOKENIZER_FILES) if path.is_file())
 
 
 def _probe_tokens(vocab_size: int) -> np.ndarray:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -418,26 +417,13 @@ def test_the_first_process_decides_what_is_restored(whole, tmp_path, monkeypatch
         return {int: 0, list: [0]}.get(type(found := function()), found)
 
     workdir, config = shutil.copytree(whole, tmp_path / "run"), tiny(num_steps=1)
-    run = train._Run.of(config)
+    run = train._Run.of(config, tmp_path)
     monkeypatch.setattr(distributed, "on_main", step_0)
     store = checkpoints.Checkpoints(workdir, keep=1)
     assert store.latest_step() > 0
     assert train._begin(run, store, workdir)[1]["step"] == 0
     store.close()
     assert evaluate.main(config, "latest", str(workdir))["checkpoint"] == "step 0"
-
-
-def test_a_failure_among_several_does_not_wait_for_the_rollout(monkeypatch):
-    """The others would wait for this process inside a collective."""
-    is_over = threading.Event()
-    monkeypatch.setattr(train, "sample_step", lambda run, step: is_over.wait(30))
-    rollouts = train._Rollouts(None, waiting=None)
-    rollouts.begin(0)
-    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
-    rollouts.close()
-    assert not rollouts._ahead.done()
-    is_over.set()
-    assert rollouts._ahead.result(timeout=30)
 
 
 def test_the_samplers_weights_outlive_the_learners():

@@ -25,7 +25,7 @@ from codjax.rollout.sampler import SamplerError
 from codjax.rollout.sglang import pool, processes, push, wire
 from codjax.rollout.sglang.replicas import ExpectedModel, Replica
 from codjax.rollout.sglang.sampler import SGLangSampler
-from codjax.rollout.sglang.server import ServerClient, ServerSettings
+from codjax.rollout.sglang.server import ServerSettings
 from codjax.rollout.sglang.weights import Staged
 
 _logger = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ class Fleet:
         self._group: asyncio.TaskGroup | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._newest: Staged | None = None
-        # Pushes to each server now, which waits for an earlier one: a paused server looks ill.
-        self._pushed_to: collections.Counter[str] = collections.Counter()
+        self._pushed_to: collections.Counter[str] = collections.Counter()  # paused, they look ill
+        self._drops: dict[str, asyncio.Task[None]] = {}
         self._is_ending = False  # from an error, or the end of the body, on
 
     @property
@@ -118,13 +118,14 @@ class Fleet:
         is_first, self._newest = self._newest is None, staged
         if is_first and self._local:
             await self._start(staged)
-        clients = self._clients()
+        replicas = self.sampler.replicas
+        # One that is aside is given them when it is back, and delays nobody until then.
+        clients = [r.client for r in replicas.all if is_first or r.aside is None]
         with self._pushing(*(client.url for client in clients)):
             outcomes = await self._pusher.push(staged, clients)
         for outcome in outcomes:
             await self._admit(outcome)
         if is_first:
-            replicas = self.sampler.replicas
             if all(replica.aside is not None for replica in replicas.all):
                 raise SamplerError(f"no server took the first weights: {replicas.why_aside()}")
             for replica in replicas.all:
@@ -133,8 +134,7 @@ class Fleet:
 
     def metrics(self) -> dict[str, float]:
         """Those of the sampler, and how well the servers agree with the learner; any thread."""
-        pushed = list(self.pushed.values())  # at once: another thread adds to them
-        gaps = [outcome.gap for outcome in pushed if outcome.gap is not None]
+        gaps = [outcome.gap for outcome in list(self.pushed.values()) if outcome.gap is not None]
         gap = {"sampler/probe_gap": max(gaps)} if gaps else {}
         return self.sampler.metrics() | gap
 
@@ -167,7 +167,7 @@ class Fleet:
 
     async def _admit(self, outcome: push.Outcome) -> None:
         """Let a server serve that has the newest weights; the others are aside already."""
-        self.pushed[outcome.server] = outcome
+        self.pushed[outcome.server] = outcome  # which `metrics` reads from another thread
         if not outcome.ok or self._newest is None or outcome.version != self._newest.version:
             return
         version = wire.policy_version(outcome.version, self._run_id)
@@ -176,23 +176,29 @@ class Fleet:
             await self.sampler.readmit(outcome.server, policy_version=version)
 
     async def _bring_back(self, replica: Replica) -> None:
-        """Give a server the newest weights whenever it is ready again. One waits for no other."""
-        url, replicas = replica.url, self.sampler.replicas
+        """Give a server the newest weights whenever it was set aside and is ready again."""
+        replicas, url = self.sampler.replicas, replica.url
         while True:
-            await replicas.until_aside(replica)
-            await self._pusher.go_on(replica.client)
-            is_ready = await replicas.is_ready(replica)
-            # Else a load gave them to it meanwhile, or is about to.
-            if is_ready and replica.aside is not None and not self._pushed_to[url]:
-                await self._sync(replica)
-            if replica.aside is not None:
-                await asyncio.sleep(self._settings.probe_interval_s)
-
-    async def _sync(self, replica: Replica) -> None:
-        with self._pushing(replica.url):
-            outcome = await self._pusher.sync(replica.client)
-        if outcome is not None:
-            await self._admit(outcome)
+            await asyncio.sleep(self._settings.probe_interval_s)
+            if self._pool is not None and url in self._pool.given_up:
+                self._pusher.forget(url)
+                return
+            # One that is set aside amid a push must not be told to go on by asking after it.
+            if replica.aside is None or self._pushed_to[url]:
+                continue
+            if not await replicas.is_back(replica):
+                continue
+            if (dropping := self._drops.pop(url, None)) is not None:
+                await dropping  # it must not end what comes next
+            try:
+                with self._pushing(url):
+                    await replicas.inspect(replica)
+                    outcome = await self._pusher.sync(replica.client)
+            except SamplerError as error:
+                self.sampler.set_aside(url, str(error))
+            else:
+                if outcome is not None:
+                    await self._admit(outcome)
 
     async def _watch_for_none(self) -> None:
         """End the run when no server served for too long: it would go on with nothing.
@@ -212,20 +218,14 @@ class Fleet:
     def _distrust(self, server: str, error: str) -> None:
         """What a server is answering is not believed, and it is told to drop it."""
         self.sampler.set_aside(server, error, distrust=True)
-        if not self._is_ending:  # else the connections close, which ends its requests
-            self._spawn(self._drop(server))
+        if self._is_ending:  # the connections close, which ends its requests
+            return
+        if server not in self._drops or self._drops[server].done():
+            self._drops[server] = self._spawn(self._drop(server))
 
     async def _drop(self, server: str) -> None:
         with contextlib.suppress(SamplerError):  # it is aside, whatever it does
             await self.sampler.drain([server])
-
-    def _clients(self) -> list[ServerClient]:
-        """Connections to all servers but those that will not be started again."""
-        given_up = self._pool.given_up if self._pool else {}
-        for url in given_up:
-            self._pusher.forget(url)
-        replicas = self.sampler.replicas.all
-        return [replica.client for replica in replicas if replica.url not in given_up]
 
     @contextlib.contextmanager
     def _pushing(self, *urls: str) -> Iterator[None]:
@@ -235,11 +235,12 @@ class Fleet:
         finally:
             self._pushed_to.subtract(urls)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._group is not None
         task = self._group.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)

@@ -54,6 +54,7 @@ class ProcessSettings:
         gpus: for CUDA_VISIBLE_DEVICES, as "0" or "2,3"; None leaves the variable as it is.
         environment: variables beside those of this process.
         api_key: sent with every probe; "" for none.
+        secrets: that are not to be quoted from the log.
         ready_timeout_s: from the start to /ready; a large model takes minutes to load.
         probe_every_s: between two probes of /health; only asked when the owner says that it idles.
         probe_timeout_s: for an answer; SGLang itself takes 20 s to say that it is not well.
@@ -65,7 +66,7 @@ class ProcessSettings:
     """
 
     name: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] = dataclasses.field(repr=False)  # may hold keys
     model_folder: pathlib.Path
     port: int
     log_file: pathlib.Path
@@ -73,6 +74,7 @@ class ProcessSettings:
     gpus: str | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     api_key: str = dataclasses.field(default="", repr=False)
+    secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     ready_timeout_s: float = 900.0
     probe_every_s: float = 30.0
     probe_timeout_s: float = 60.0
@@ -140,7 +142,8 @@ class ServerProcess:
         command = (sys.executable, "-I", "-S", guard.__file__, grace)
         try:
             settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-            with settings.log_file.open("ab") as log:
+            # For us alone: SGLang logs its keys.
+            with open(settings.log_file, "ab", opener=_private) as log:
                 self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     [*command, *(_filled(word, words) for word in settings.command)],
@@ -212,9 +215,16 @@ class ServerProcess:
         path = self.settings.log_file
         with path.open("rb") as log:
             log.seek(max(self._log_start, path.stat().st_size - _TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
+            text = log.read().decode(errors="replace")
+        for secret in self.settings.secrets:
+            text = text.replace(secret, "***")
+        lines = text.splitlines()
         last = [line.strip() for line in lines if line.strip()][-_TAIL_LINES:]
         return f"see {path}, which ends in: {' | '.join(last) or 'nothing'}"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _filled(word: str, words: Mapping[str, str]) -> str:

@@ -152,7 +152,6 @@ class Pusher:
     Attributes:
         last_good: server → folder that it is to be started from again: with the weights that it was
             last verified with. `ServerPool` takes this very mapping.
-        left_paused: servers that did not say that they go on, after they were told to.
     """
 
     def __init__(
@@ -172,7 +171,6 @@ class Pusher:
                 before it goes on generating unless only the probe could tell.
         """
         self.last_good: dict[str, pathlib.Path] = dict(start_folders or {})
-        self.left_paused: set[str] = set()
         self._settings = settings
         self._on_failure = on_failure or (lambda server, error: None)
         self._newest: Staged | None = None
@@ -207,13 +205,6 @@ class Pusher:
         self._remove_old()
         return outcome
 
-    async def go_on(self, server: Server) -> None:
-        """Tell a server again to go on, if it was left paused: until then it looks ill."""
-        async with self._turn(server):
-            if server.name in self.left_paused:
-                with contextlib.suppress(samplers.SamplerError):  # it stays among them
-                    await self._continue(server)
-
     def forget(self, server: str) -> None:
         """Keep no folder for a server that will not be started again."""
         self.last_good.pop(server, None)
@@ -224,7 +215,7 @@ class Pusher:
         gap = None
         self._in_hand.append(staged)
         try:
-            async with self._turn(server):
+            async with self._turns.setdefault(server.name, asyncio.Lock()):
                 error = await self._load_paused(server, staged)
                 if error is None:
                     gap, error = await self._verify(server, staged)
@@ -259,20 +250,12 @@ class Pusher:
             self._on_failure(server.name, error)
         finally:  # also where this task is cancelled: a server that stays paused answers nobody
             try:
-                await self._continue(server)
+                await self._call(server, "continuing", server.continue_())
             except samplers.SamplerError as failure:
                 if error is None:
                     error = str(failure)
                     self._on_failure(server.name, error)
         return error
-
-    async def _continue(self, server: Server) -> None:
-        self.left_paused.add(server.name)
-        await self._call(server, "continuing", server.continue_())
-        self.left_paused.discard(server.name)
-
-    def _turn(self, server: Server) -> asyncio.Lock:
-        return self._turns.setdefault(server.name, asyncio.Lock())
 
     async def _load(self, server: Server, staged: Staged) -> None:
         limit = self._settings.load_timeout_s
@@ -307,9 +290,10 @@ class Pusher:
 
     async def _check_version(self, server: Server, staged: Staged) -> None:
         info = await self._call(server, "telling its version", server.model_info())
-        if info["weight_version"] != staged.version:
+        found = info.get("weight_version") if isinstance(info, Mapping) else None
+        if found != staged.version:
             raise PushError(
-                f"{server.name} has weights {info['weight_version']!r} after it was given "
+                f"{server.name} has weights {found!r} after it was given "
                 f"{staged.version!r}; does another run use it?"
             )
 

@@ -25,7 +25,6 @@ from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.server import (
     BusyError,
     NoAnswerError,
-    RefusedError,
     ServerClient,
     ServerSettings,
 )
@@ -69,6 +68,7 @@ class Replica:
         admission: counts its readmissions; a failure from before the last one is old news.
         distrusted: the last admission of which no answer is to be believed.
         num_set_aside: how often it was, again while it was; that ends a readmission under way.
+        returned_at: when `returned` named it last, on the monotonic clock.
         aside: why nothing is sent to it, or None while it serves.
         aside_since: when it was set aside, on the monotonic clock.
     """
@@ -81,19 +81,14 @@ class Replica:
     admission: int = 0
     distrusted: int = -1
     num_set_aside: int = 0
+    returned_at: float = 0.0
     aside: str | None = "it was not given weights yet"
     aside_since: float = dataclasses.field(default_factory=time.monotonic)
-    returned_at: float = 0.0  # the last time that `returned` named it
 
     @property
     def url(self) -> str:
         """Its address."""
         return self.client.url
-
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether it may have other weights than it says, until it is readmitted."""
-        return self.distrusted == self.admission
 
 
 class Replicas:
@@ -189,6 +184,7 @@ class Replicas:
         if distrust:
             replica.distrusted = replica.admission
             self.num_distrusted += 1
+            self._notify()
         if replica.aside is None:
             _logger.warning("Server %s is set aside: %s.", replica.url, reason.rstrip("."))
             self.num_set_aside += 1
@@ -234,7 +230,7 @@ class Replicas:
         """
         while True:
             for replica in sorted(self.all, key=lambda replica: replica.returned_at):
-                if replica.aside is not None and await self.is_ready(replica):
+                if replica.aside is not None and await self.is_back(replica):
                     replica.returned_at = time.monotonic()
                     return replica.url
             if all(replica.aside is None for replica in self.all):
@@ -242,25 +238,79 @@ class Replicas:
             else:
                 await asyncio.sleep(self._settings.probe_interval_s)
 
-    async def until_aside(self, replica: Replica) -> None:
-        """Waits until a replica is set aside, if it is not."""
-        while replica.aside is None:
-            await self._changed.wait()
-
-    async def is_ready(self, replica: Replica) -> bool:
-        """Whether a replica takes requests.
-
-        Whatever else answers at its address now, such as a proxy, says no by refusing.
-        """
+    async def is_back(self, replica: Replica) -> bool:
+        """Whether a server that was set aside takes requests again."""
         try:
-            return await replica.client.is_ready()
-        except RefusedError:
+            return await replica.client.wake()
+        except SamplerError:  # something else may listen there now
             return False
+
+    async def inspect(self, replica: Replica) -> None:
+        """Asks a server what it runs.
+
+        Raises:
+            SamplerError: it is not the expected model, or does not say.
+        """
+        info = await replica.client.info()
+        check(replica, info, self._expected)
+        found = await replica.client.vocab_size()
+        wanted = self._expected.vocab_size
+        if found is not None and found != wanted:
+            raise SamplerError(
+                f"{replica.url} has a vocabulary of {found}, and the model one of {wanted}: start "
+                "it with a checkpoint of model.source."
+            )
+        await self._check_tokenizer(replica, info)
+        replica.info = info
+
+    async def settled(self, replica: Replica, version: int, *, admission: int) -> bool:
+        """Whether an answer by weights of a version is to be believed, once that is known.
+
+        A server goes on answering before its new weights have been verified.
+
+        Args:
+            replica: who answered.
+            version: of the newest weights in the answer.
+            admission: of the replica when it was asked.
+        """
+        limit_s = self._settings.replica_wait_s
+        deadline = time.monotonic() + limit_s
+        while admission > replica.distrusted and version > replica.policy_version:
+            if replica.aside is not None:
+                return False
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                self.set_aside(
+                    replica.url,
+                    f"it answers from version {version}, which nobody gave it in {limit_s:g} s",
+                    distrust=True,
+                )
+        return admission > replica.distrusted
+
+    def is_in_doubt(self) -> bool:
+        """Whether a server was distrusted and has not been readmitted: a router still asks it."""
+        return any(r.aside is not None and r.distrusted == r.admission for r in self.all)
+
+    async def reached(self, version: int, *, since: int) -> bool:
+        """Whether an answer of any server is to be believed, once its version has been verified.
+
+        Args:
+            version: of the newest weights in the answer.
+            since: `num_distrusted` when it was asked.
+        """
+        deadline = time.monotonic() + self._settings.replica_wait_s
+        while since == self.num_distrusted:
+            if version <= max((r.policy_version for r in self.all), default=-1):
+                return True
+            try:
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                return False
+        return False
 
     async def drain(self, urls: Sequence[str]) -> None:
         """Sets servers aside and ends what they do; partial answers go on elsewhere, or wait.
-
-        One that is readmitted meanwhile is left alone.
 
         Raises:
             SamplerError: one was not idle within `settings.drain_timeout_s`.
@@ -292,19 +342,9 @@ class Replicas:
         self._changed = asyncio.Event()
 
     async def _connect(self, replica: Replica) -> None:
-        while not await replica.client.is_ready():
+        while not await replica.client.wake():
             await asyncio.sleep(self._settings.probe_interval_s)
-        info = await replica.client.info()
-        check(replica, info, self._expected)
-        found = await replica.client.vocab_size()
-        wanted = self._expected.vocab_size
-        if found is not None and found != wanted:
-            raise SamplerError(
-                f"{replica.url} has a vocabulary of {found}, and the model one of {wanted}: start "
-                "it with a checkpoint of model.source."
-            )
-        await self._check_tokenizer(replica, info)
-        replica.info = info
+        await self.inspect(replica)
 
     async def _check_tokenizer(self, replica: Replica, info: wire.ServerInfo) -> None:
         """What a server makes of texts is not used; another tokenizer tells of another model."""
@@ -338,7 +378,7 @@ class Replicas:
         deadline = time.monotonic() + self._settings.drain_timeout_s
         seen, admission = "it did not answer", replica.admission
         while time.monotonic() < deadline:
-            if replica.admission != admission:
+            if replica.admission != admission:  # it serves again, and what it does is wanted
                 return
             try:
                 await replica.client.abort_all()

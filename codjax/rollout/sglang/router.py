@@ -10,12 +10,7 @@ import asyncio
 import time
 
 from codjax.rollout.sampler import SamplerError
-from codjax.rollout.sglang.server import (
-    NoAnswerError,
-    RefusedError,
-    ServerClient,
-    ServerSettings,
-)
+from codjax.rollout.sglang.server import NoAnswerError, ServerClient, ServerSettings
 
 
 class Router:
@@ -64,6 +59,6 @@ class Router:
         """Whether it has servers to ask; its /health says that all is well without any."""
         try:
             return await self.client.is_ready("/readiness")
-        except RefusedError as error:
+        except SamplerError as error:  # something else may listen there now
             self.down = f"{error} (is it an sglang-router?)"
             return False

@@ -18,7 +18,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,9 +33,17 @@ from codjax.rollout.sampler import (
 from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.replicas import ExpectedModel, Replica, Replicas
 from codjax.rollout.sglang.router import Router
-from codjax.rollout.sglang.server import BusyError, NoAnswerError, ServerClient, ServerSettings
+from codjax.rollout.sglang.server import (
+    BusyError,
+    NoAnswerError,
+    RefusedError,
+    ServerClient,
+    ServerSettings,
+)
 
 T = TypeVar("T")
+# Statuses by which a server refuses every request, whatever is in it.
+_REFUSES_ALL = (401, 403, 404, 405)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -143,7 +151,7 @@ class SGLangSampler:
             f"sampler/in_flight_{index}": float(replica.in_flight)
             for index, replica in enumerate(self.replicas.all)
         }
-        if self._router is not None:
+        if self._router is not None:  # which does not say whom it asks
             flying["sampler/in_flight_router"] = float(self._router.in_flight)
         return counts | flying | {"sampler/set_aside": float(self.replicas.num_set_aside)}
 
@@ -172,6 +180,7 @@ class SGLangSampler:
                 answer = await self._ask(group, self._generating(text, params, room))
             if len(answer.tokens):
                 parts.append(answer)
+                num_empty = 0
             if answer.finish is not wire.Finish.ABORT:
                 is_stop = answer.finish is wire.Finish.STOP
                 reason = types.StopReason.STOP_TOKEN if is_stop else types.StopReason.LENGTH
@@ -247,15 +256,23 @@ class SGLangSampler:
                 except (NoAnswerError, wire.BadAnswerError) as error:
                     self.replicas.failed(replica, error, admission=admission)
                     reason = error
+                except RefusedError as error:
+                    if error.status not in _REFUSES_ALL:
+                        raise
+                    self.replicas.set_aside(replica.url, str(error))
+                    reason = error
                 else:
-                    if admission > replica.distrusted:
+                    newest = _newest(answer)
+                    if await self.replicas.settled(replica, newest, admission=admission):
                         self.replicas.succeeded(replica)
                         return answer
                     reason = SamplerError(f"{replica.url} is not believed: {replica.aside}")
                 finally:
                     replica.in_flight -= 1
                 failed = replica
-            if num_tries <= self._settings.max_retries and not self.replicas.has_other(replica):
+            is_first = num_tries == 1 and not isinstance(reason, BusyError)
+            is_at_once = is_first and self.replicas.has_other(replica)
+            if num_tries <= self._settings.max_retries and not is_at_once:
                 await self._pause(num_tries)
         raise SamplerError(
             f"gave up after {num_tries} tries (server.max_retries is "
@@ -283,9 +300,8 @@ class SGLangSampler:
                 await self._router_ready(router)
                 self.counters.wait_s += time.monotonic() - start
                 self.counters.retries += num_tries > 1
-                if any(replica.is_in_doubt for replica in self.replicas.all):
-                    return None
-                if self.replicas.oldest_version() < 0:  # a teacher's, who refuses
+                oldest = self.replicas.oldest_version()
+                if self.replicas.is_in_doubt() or oldest < 0:  # -1: a teacher's, who refuses
                     return None
                 self.counters.requests += 1
                 num_distrusted = self.replicas.num_distrusted
@@ -297,20 +313,20 @@ class SGLangSampler:
                         max_new_tokens=room,
                         vocab_size=self._expected.vocab_size,
                         run_id=self._run_id,
-                        oldest_version=self.replicas.oldest_version(),
+                        oldest_version=oldest,
                     )
-                except wire.BadAnswerError:
-                    self.counters.retries += 1
-                    return None
+                    router.num_failures = 0
+                    if await self.replicas.reached(_newest(answer), since=num_distrusted):
+                        return answer
                 except BusyError as error:
                     reason = error
                 except NoAnswerError as error:
                     router.failed(error)
                     reason = error
+                except wire.BadAnswerError:
+                    self.counters.retries += 1
+                    return None
                 else:
-                    router.num_failures = 0
-                    if num_distrusted == self.replicas.num_distrusted:
-                        return answer
                     self.counters.retries += 1
                     return None
                 finally:
@@ -367,6 +383,12 @@ class SGLangSampler:
                 f"token ids must lie in [0, {self._expected.vocab_size}), the vocabulary of the "
                 f"model; got ids from {tokens.min()} to {tokens.max()}."
             )
+
+
+def _newest(answer: Any) -> int:
+    """Version of the newest weights behind an answer; scores do not tell theirs."""
+    spans = answer.spans if isinstance(answer, wire.Answer) else ()
+    return max((span.version for span in spans), default=-1)
 
 
 def _generation(parts: Sequence[wire.Answer], reason: types.StopReason) -> Generation:

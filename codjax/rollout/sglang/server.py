@@ -23,6 +23,8 @@ from codjax.rollout.sampler import SamplerError, SamplingParams
 from codjax.rollout.sglang import wire
 
 T = TypeVar("T")
+# A server closes connections that idle for 5 s; to send on one that it just closes is a failure.
+_KEEP_ALIVE_S = 2.0
 _LARGE = 2**16  # bytes of a request that are not sent at once
 
 
@@ -108,7 +110,8 @@ class ServerClient:
         self.url = url.rstrip("/")
         self._settings = settings
         # The sampler bounds what is open at once; a queue here would count as waiting for answers.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector)
         self._info: wire.ServerInfo | None = None
 
     async def __aenter__(self) -> ServerClient:
@@ -149,6 +152,20 @@ class ServerClient:
             return False
         return True
 
+    async def wake(self) -> bool:
+        """Whether it takes requests, after it was told to go on if it was left paused.
+
+        That is how a trainer leaves it that is killed during a push.
+        """
+        try:
+            if await self.is_ready():
+                return True
+            await self.model_info()  # it answers, so it neither loads nor is gone
+            await self.continue_()
+            return await self.is_ready()
+        except (NoAnswerError, BusyError, wire.BadAnswerError):
+            return False
+
     async def info(self) -> wire.ServerInfo:
         """What it says about itself, but for the vocabulary."""
         server = await self._get_json("/server_info", older="/get_server_info")
@@ -159,8 +176,7 @@ class ServerClient:
 
     async def model_info(self) -> Mapping[str, Any]:
         """What `/model_info` answers: the weights' folder and `weight_version`, among others."""
-        answer = await self._get_json("/model_info", older="/get_model_info")
-        return self._judged(wire.parse_model, answer)
+        return await self._get_json("/model_info", older="/get_model_info")
 
     async def vocab_size(self) -> int | None:
         """V, or None if it does not tell. Not while it is paused: it would wait."""
@@ -366,7 +382,8 @@ class ServerClient:
     def _headers(self, route: str) -> dict[str, str]:
         """Of a request; the key of a route is the user's where there is no other, as there."""
         settings = self._settings
-        is_open = route == "/generate" or route.startswith(("/v1/", "/get_", "/model", "/server"))
+        of_user = ("/generate", "/v1/", "/get_", "/model", "/server", "/ready", "/health")
+        is_open = route.startswith(of_user)
         key = settings.api_key if is_open else settings.admin_api_key or settings.api_key
         headers = {"Content-Type": "application/json"}
         return headers | {"Authorization": f"Bearer {key}"} if key else headers

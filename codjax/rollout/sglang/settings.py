@@ -30,7 +30,8 @@ def local_urls(server: ConfigDict) -> tuple[str, ...]:
     ('http://127.0.0.1:30000', 'http://127.0.0.1:30001')
     """
     ports = range(server.local.first_port, server.local.first_port + server.local.num)
-    return tuple(f"http://127.0.0.1:{port}" for port in ports)
+    host = "127.0.0.1" if server.local.host == "0.0.0.0" else server.local.host
+    return tuple(f"http://{host}:{port}" for port in ports)
 
 
 def server_settings(server: ConfigDict, urls: Sequence[str]) -> ServerSettings:
@@ -125,6 +126,7 @@ def process_settings(
                 log_file=log_folder / f"server_{local.first_port + index}.log",
                 gpus=gpus or None,
                 api_key=_secret(server.api_key_variable) or "",
+                secrets=tuple(_secret(name) or "" for _, name in keys if name is not None),
                 ready_timeout_s=server.ready_timeout_s,
                 stop_timeout_s=local.stop_timeout_s,
                 max_restarts=local.max_restarts,

@@ -290,16 +290,6 @@ def parse_info(server: Any, model: Any, models: Any) -> ServerInfo:
     )
 
 
-def parse_model(answer: Any) -> Mapping[str, Any]:
-    """What `/model_info` says, which is a version at least.
-
-    Raises:
-        BadAnswerError: it is not.
-    """
-    _field(answer, "weight_version", str)
-    return answer
-
-
 def parse_tokens(answer: Any) -> list[int]:
     """The ids in the answer of `/v1/tokenize`.
 

@@ -59,6 +59,7 @@ class FakeServer:
         self.late_s = 60.0
         self.hold_after = None  # generations wait after so many tokens of theirs
         self.paused = None  # the mode
+        self.refuses_with = None  # a status, for every generation
         self.tokens = None  # that its tokenizer makes of every text; None: it has none
         self.generations, self.pushes, self.calls = [], [], []
         self.in_session = False
@@ -182,6 +183,8 @@ class FakeServer:
 
     async def _generate(self, request):
         body = await request.json()
+        if self.refuses_with:
+            return web.json_response({"error": "told to refuse"}, status=self.refuses_with)
         refusal = self._refusal(body)
         if refusal:
             return web.json_response({"error": {"message": refusal}}, status=400)

@@ -60,11 +60,22 @@ class Server(FakeServer):
         is_found: whether anything but a proxy answers when it is asked whether it is ready.
         tells_version: whether /model_info has what it should.
         info_waits: event before its answer, or None.
+        scoring: scores wait for it, if there is one.
+        is_wrong: scores are those of other weights.
     """
 
     update = "takes"
     continues = is_found = tells_version = True
-    info_waits = None
+    info_waits = scoring = None
+    is_wrong = False
+
+    async def _run(self, body, running, fault):
+        if body["logprob_start_len"] >= 0 and self.scoring is not None:
+            await self.scoring.wait()
+        return await super()._run(body, running, fault)
+
+    def scored(self, ids):
+        return [None, *[-9.0] * (len(ids) - 1)] if self.is_wrong else super().scored(ids)
 
     async def _continue(self, request):
         return await super()._continue(request) if self.continues else web.Response(status=503)
@@ -84,8 +95,3 @@ class Server(FakeServer):
         if self.update == "refuses":
             return web.json_response({"success": False, "message": "out of memory"}, status=400)
         return await super()._from_disk(request)
-
-
-def scored_wrongly(server):
-    server.scored = lambda ids: [None, *[-9.0] * (len(ids) - 1)]
-    return lambda: delattr(server, "scored")

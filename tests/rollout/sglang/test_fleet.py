@@ -17,7 +17,6 @@ from tests.rollout.sglang.fleets import (
     Server,
     ask,
     opened,
-    scored_wrongly,
     serving,
     staged,
     versions,
@@ -107,13 +106,13 @@ def test_what_one_in_doubt_is_answering_is_asked_elsewhere(tmp_path):
                 server.change(hold_after=2)
             asked = asyncio.create_task(ask(made, 4))
             await servers[0].until(lambda: sum(len(s.running) for s in servers) == 4)
-            wrong = scored_wrongly(servers[1])
+            servers[1].is_wrong = True
             loading = asyncio.create_task(made.load(staged(tmp_path, 1)))
             await servers[0].until(lambda: not serving(made)[1])
             for server in servers:
                 server.change(hold_after=None)
             await loading
-            wrong()
+            servers[1].is_wrong = False
             answers = await asked
             assert all(len(answer.tokens) == 8 for answer in answers)
             assert made.sampler.replicas.num_distrusted == 1
@@ -222,5 +221,88 @@ def test_cancelled_in_the_middle_of_a_load_it_lets_the_servers_go_on(tmp_path):
                 await task
             assert [server.paused for server in servers] == [None, None]
             assert list(tmp_path.iterdir()) == []
+
+    run(scenario())
+
+
+def test_a_server_that_was_left_paused_is_told_to_go_on(tmp_path):
+    """As by a trainer that was killed during a push."""
+
+    async def scenario():
+        async with Server() as server:
+            server.change(paused="retract")
+            made = fleet.Fleet(settings([server]), PUSHES, EXPECTED, run_id="run")
+            async with made.opened():
+                await made.load(staged(tmp_path, 0))
+                assert serving(made) == [True]
+
+    run(scenario())
+
+
+def test_one_that_hangs_aside_delays_no_load(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            servers[0].update = "hangs"
+            made.sampler.set_aside(servers[0].url, "it was slow")
+            await servers[0].until(lambda: len(servers[0].pushes) == 2)  # it is being brought back
+            async with asyncio.timeout(1):
+                await made.load(staged(tmp_path, 1))
+            assert (serving(made), versions(made)) == ([False, True], [0, 1])
+
+    run(scenario())
+
+
+def test_a_server_that_serves_again_is_not_drained_any_more(tmp_path):
+    async def scenario():
+        async with opened(1) as (made, (server,)):
+            await made.load(staged(tmp_path, 0))
+            server.update = "refuses"
+            await made.load(staged(tmp_path, 1))
+            server.update = "takes"
+            await server.until(lambda: serving(made) == [True])
+            server.calls.clear()
+            server.change(hold_after=1)
+            asked = asyncio.create_task(ask(made, 3))
+            await asyncio.sleep(0.3)
+            assert "/abort_request" not in server.calls
+            server.change(hold_after=None)
+            assert len(await asked) == 3
+
+    run(scenario())
+
+
+def test_an_answer_by_new_weights_waits_for_their_probe(tmp_path):
+    """The server goes on before it can score: what it says meanwhile is not believed yet."""
+
+    async def scenario():
+        async with opened(1) as (made, (server,)):
+            await made.load(staged(tmp_path, 0))
+            for is_right in (True, False):
+                number = 1 if is_right else 2
+                judged = asyncio.Event()
+                server.scoring = judged
+                server.change(hold_after=2)
+                asked = asyncio.create_task(ask(made))
+                await server.until(lambda: any(len(r.tokens) == 2 for r in server.running.values()))
+                loading = asyncio.create_task(made.load(staged(tmp_path, number)))
+                await server.until(lambda: server.weight_version == f"run-{number}")  # noqa: B023
+                server.change(hold_after=None)
+                await server.until(lambda: len(server.running) == 1)  # the probe
+                await asyncio.sleep(0.05)
+                assert not asked.done()
+                server.is_wrong = not is_right
+                judged.set()
+                await loading
+                if is_right:
+                    (answer,) = await asked
+                    assert answer.policy_version == 0
+                    assert answer.version_spans[-1].version == 1
+                else:
+                    assert serving(made) == [False]
+                    assert not asked.done()  # it waits for a server
+                    server.is_wrong = False
+                    (answer,) = await asked
+                    assert answer.policy_version == 2  # asked again, from its beginning
 
     run(scenario())

@@ -67,7 +67,7 @@ def test_one_that_does_not_tell_its_version_is_aside(tmp_path):
             servers[0].tells_version = False
             await made.load(staged(tmp_path, 1))
             assert serving(made) == [False, True]
-            assert "weight_version should be str" in made.sampler.replicas.why_aside()
+            assert "has weights None after it was given" in made.sampler.replicas.why_aside()
 
     run(scenario())
 
@@ -134,6 +134,21 @@ def test_a_push_of_two_that_ended_leaves_the_other_under_way(tmp_path):
     run(scenario())
 
 
+def test_one_set_aside_amid_a_push_is_not_told_to_go_on(tmp_path):
+    async def scenario():
+        async with opened() as (made, servers):
+            await made.load(staged(tmp_path, 0))
+            servers[0].update = "hangs"
+            loading = asyncio.create_task(made.load(staged(tmp_path, 1)))
+            await servers[0].until(lambda: len(servers[0].pushes) == 2)
+            set_aside(made, servers[0])
+            await asyncio.sleep(0.05)
+            assert servers[0].paused == "retract"
+            loading.cancel()
+
+    run(scenario())
+
+
 @contextlib.asynccontextmanager
 async def amid_a_push(folder):
     """A server hangs while it is brought back, and will not go on when it is told to."""
@@ -172,11 +187,9 @@ async def lose_all_amid_a_load(folder):
         await made.load(staged(folder, 0))
         for server in servers:
             server.update = "hangs"
-        loading = made.load(staged(folder, 1))
-        set_aside(made, *servers)
-        for server in servers:
             server.continues = False
-        await loading
+        asyncio.get_running_loop().call_later(0.05, set_aside, made, *servers)
+        await made.load(staged(folder, 1))
 
 
 def test_no_server_for_too_long_amid_a_load_is_what_comes_out(tmp_path):

@@ -100,6 +100,13 @@ def test_a_server_that_ends_instead_says_its_last_words(tmp_path):
     )
 
 
+def test_keys_are_not_quoted_and_the_log_is_ours_alone(tmp_path):
+    process = processes.ServerProcess(settings(tmp_path, "dies", secrets=("memory",)))
+    with pytest.raises(processes.ServerProcessError, match=r"out of \*\*\*"):
+        asyncio.run(ready(process))
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_program_that_is_not_there_is_told(tmp_path):
     process = processes.ServerProcess(settings(tmp_path, command=("/nowhere/sglang",)))
     with pytest.raises(processes.ServerProcessError, match="/nowhere/sglang"):

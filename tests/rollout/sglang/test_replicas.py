@@ -11,6 +11,7 @@ from codjax.rollout.sglang import wire
 from codjax.rollout.sglang.sampler import SGLangSampler
 from codjax.rollout.sglang.server import NoAnswerError
 from tests.rollout.sglang.fake_server import FakeServer
+from tests.rollout.sglang.faults import Fault
 from tests.rollout.sglang.serving import (
     EXPECTED,
     PROMPT,
@@ -323,5 +324,32 @@ def test_scores_of_any_replica():
         async with serving(2) as (sampler, servers):
             await servers[0].stop()
             assert np.isfinite(await sampler.score(PROMPT)).all()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_all_is_asked_nothing_more(status):
+    async def scenario():
+        async with serving(2) as (sampler, servers):
+            servers[0].refuses_with = status
+            answers = await asyncio.gather(*(ask(sampler, group=i) for i in range(6)))
+            assert all(map(is_expected, answers))
+            assert [replica.aside is None for replica in sampler.replicas.all] == [False, True]
+
+    run(scenario())
+
+
+def test_a_storm_on_all_servers_is_waited_out():
+    async def scenario():
+        async with serving(2, backoff_s=0.02, max_backoff_s=1.0) as (sampler, servers):
+            for server in servers:
+                server.change(always=Fault.STATUS_429)
+            asked = ask(sampler)
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            for server in servers:
+                server.change(always=None)
+            assert is_expected(await asked)
 
     run(scenario())
