@@ -233,8 +233,13 @@ def orphans():
 
 
 def servers():
-    """The servers alone."""
-    return [process for process in orphans() if process.info["cmdline"][1] == "-m"]
+    """The servers alone, by port: one that is started again gets another number as a process."""
+    found = [process for process in orphans() if process.info["cmdline"][1] == "-m"]
+    return sorted(found, key=lambda process: port_of(process.info["cmdline"]))
+
+
+def port_of(words):
+    return int(words[words.index("--port") + 1])
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ class Fleet:
         self._newest: Staged | None = None
         self._pushed_to: collections.Counter[str] = collections.Counter()  # paused, they look ill
         self._drops: dict[str, asyncio.Task[None]] = {}
+        self._is_ending = False  # from an error, or the end of the body, on
 
     @property
     def sampler(self) -> SGLangSampler:
@@ -91,6 +92,7 @@ class Fleet:
                         await self._connect()
                     yield self
                 finally:
+                    self._is_ending = True
                     for task in self._background:
                         task.cancel()
         except BaseExceptionGroup as group:
@@ -98,9 +100,11 @@ class Fleet:
         finally:
             self._sampler = self._group = None
             self._background.clear()
-            if self._pool is not None:
-                await self._pool.stop()
-            self._remove_folders()
+            try:
+                if self._pool is not None:
+                    await self._pool.stop()
+            finally:
+                self._remove_folders()
 
     async def load(self, staged: Staged) -> None:
         """Give weights to all servers; those that have them, verified, serve from then on.
@@ -179,7 +183,10 @@ class Fleet:
             if self._pool is not None and url in self._pool.given_up:
                 self._pusher.forget(url)
                 return
-            if replica.aside is None or not await replicas.is_back(replica):
+            # One that is set aside amid a push must not be told to go on by asking after it.
+            if replica.aside is None or self._pushed_to[url]:
+                continue
+            if not await replicas.is_back(replica):
                 continue
             if (dropping := self._drops.pop(url, None)) is not None:
                 await dropping  # it must not end what comes next
@@ -211,6 +218,8 @@ class Fleet:
     def _distrust(self, server: str, error: str) -> None:
         """What a server is answering is not believed, and it is told to drop it."""
         self.sampler.set_aside(server, error, distrust=True)
+        if self._is_ending:  # the connections close, which ends its requests
+            return
         if server not in self._drops or self._drops[server].done():
             self._drops[server] = self._spawn(self._drop(server))
 
@@ -230,8 +239,13 @@ class Fleet:
         assert self._group is not None
         task = self._group.create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._is_ending = True  # the group takes no tasks any more, and cancels the body
 
     def _remove_folders(self) -> None:
         """Staged weights are of use to this run only, and may lie in memory."""

@@ -67,6 +67,8 @@ class Replica:
         num_failures: failed requests since the last good one.
         admission: counts its readmissions; a failure from before the last one is old news.
         distrusted: the last admission of which no answer is to be believed.
+        num_set_aside: how often it was, again while it was; that ends a readmission under way.
+        returned_at: when `returned` named it last, on the monotonic clock.
         aside: why nothing is sent to it, or None while it serves.
         aside_since: when it was set aside, on the monotonic clock.
     """
@@ -78,6 +80,8 @@ class Replica:
     num_failures: int = 0
     admission: int = 0
     distrusted: int = -1
+    num_set_aside: int = 0
+    returned_at: float = 0.0
     aside: str | None = "it was not given weights yet"
     aside_since: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -186,24 +190,28 @@ class Replicas:
             self.num_set_aside += 1
             replica.aside_since = time.monotonic()
             self._notify()
+        replica.num_set_aside += 1
         replica.aside = reason.rstrip(".")  # the newest reason is what is in its way
 
     async def readmit(self, url: str, *, policy_version: int | None) -> None:
         """Its weights are those of `policy_version`: it serves from now on, or goes on serving.
 
         To be called after every push, for every replica. None takes it as it is, for a teacher that
-        nobody pushes to: it scores texts, and its answers are refused, as any of another run.
+        nobody pushes to: it scores texts, and is asked for no answers.
 
         Raises:
-            SamplerError: it is not ready, or runs another model or other weights after all; it is
-                set aside then.
+            SamplerError: it is not ready, or runs another model or other weights after all, or was
+                set aside while it was asked; it is set aside then.
         """
         replica = self.of(url)
+        num_set_aside = replica.num_set_aside
         try:
             await self._check_weights(replica, policy_version)
         except SamplerError as error:
             self.set_aside(url, str(error))
             raise
+        if replica.num_set_aside != num_set_aside:  # such as by a push that failed
+            raise SamplerError(f"{url} was set aside while it was readmitted: {replica.aside}.")
         if replica.aside is not None:
             what = (
                 "as it is" if policy_version is None else f"the weights of version {policy_version}"
@@ -217,12 +225,13 @@ class Replicas:
     async def returned(self) -> str:
         """The address of a replica that was set aside and is ready; waits for one.
 
-        The same one is returned again until it is readmitted: an owner that cannot give it weights
-        should wait before it asks again.
+        Each is returned again until it is readmitted, and those in turn of which there are several:
+        an owner that cannot give them weights should wait before it asks again.
         """
         while True:
-            for replica in self.all:
+            for replica in sorted(self.all, key=lambda replica: replica.returned_at):
                 if replica.aside is not None and await self.is_back(replica):
+                    replica.returned_at = time.monotonic()
                     return replica.url
             if all(replica.aside is None for replica in self.all):
                 await self._changed.wait()

@@ -18,6 +18,7 @@ class Router:
 
     Attributes:
         client: its connections.
+        in_flight: requests of ours that it is answering.
         num_failures: failed requests since the last good one.
         down: why it is asked nothing but whether it is ready, or None.
         down_since: on the monotonic clock.
@@ -26,8 +27,8 @@ class Router:
     def __init__(self, settings: ServerSettings) -> None:
         assert settings.router is not None
         self.client = ServerClient(settings.router, settings)
-        self.num_failures = 0
-        self.down: str | None = "it does not answer /ready or /health"
+        self.in_flight = self.num_failures = 0
+        self.down: str | None = "it does not answer /readiness or /health"
         self.down_since = time.monotonic()
         self._settings = settings
 
@@ -55,7 +56,9 @@ class Router:
                 await asyncio.sleep(self._settings.probe_interval_s)
 
     async def _is_ready(self) -> bool:
+        """Whether it has servers to ask; its /health says that all is well without any."""
         try:
-            return await self.client.is_ready()
-        except SamplerError:  # something else may listen there now
+            return await self.client.is_ready("/readiness")
+        except SamplerError as error:  # something else may listen there now
+            self.down = f"{error} (is it an sglang-router?)"
             return False

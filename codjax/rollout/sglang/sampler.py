@@ -115,6 +115,19 @@ class SGLangSampler:
         """See `Replicas.readmit`."""
         await self.replicas.readmit(url, policy_version=policy_version)
 
+    async def serve_as_they_are(self) -> None:
+        """Lets servers score with the weights that they have, also after they were gone.
+
+        For a teacher, whose weights nobody pushes: a task of the owner beside `score`, which never
+        ends by itself. `generate` is refused.
+        """
+        while True:
+            url = await self.returned()
+            try:
+                await self.readmit(url, policy_version=None)
+            except SamplerError:  # it is aside, with this reason
+                await asyncio.sleep(self._settings.probe_interval_s)
+
     def set_aside(self, url: str, reason: str, *, distrust: bool = False) -> None:
         """See `Replicas.set_aside`."""
         self.replicas.set_aside(url, reason, distrust=distrust)
@@ -137,8 +150,9 @@ class SGLangSampler:
         flying = {
             f"sampler/in_flight_{index}": float(replica.in_flight)
             for index, replica in enumerate(self.replicas.all)
-            if self._router is None  # which does not say whom it asks
         }
+        if self._router is not None:  # which does not say whom it asks
+            flying["sampler/in_flight_router"] = float(self._router.in_flight)
         return counts | flying | {"sampler/set_aside": float(self.replicas.num_set_aside)}
 
     async def generate(
@@ -159,10 +173,11 @@ class SGLangSampler:
             if room == 0 or (parts and len(text) > self._prompt_limit()):
                 return _generation(parts, types.StopReason.LENGTH)
             self.counters.resumed += bool(parts)
-            if self._router is None or self.replicas.is_in_doubt():
-                answer = await self._ask(group, self._generating(text, params, room))
-            else:
+            answer = None
+            if self._router is not None:
                 answer = await self._ask_router(self._router, text, params, room)
+            if answer is None:
+                answer = await self._ask(group, self._generating(text, params, room))
             if len(answer.tokens):
                 parts.append(answer)
                 num_empty = 0
@@ -201,6 +216,11 @@ class SGLangSampler:
         """One try of a generation, on a replica."""
 
         async def call(replica: Replica) -> wire.Answer:
+            if replica.policy_version < 0:
+                raise SamplerError(
+                    f"{replica.url} serves the weights that it has: it scores texts, and answers "
+                    "nothing for this run before the run's weights were pushed there."
+                )
             return await replica.client.generate(
                 text,
                 params,
@@ -261,26 +281,31 @@ class SGLangSampler:
 
     async def _ask_router(
         self, router: Router, text: np.ndarray, params: SamplingParams, room: int
-    ) -> wire.Answer:
-        """An answer of any server; whose it is, nobody says.
+    ) -> wire.Answer | None:
+        """An answer of any server, or None where the servers themselves are to be asked.
 
-        So no server is blamed for a failure, what any of them answered while one was distrusted is
-        dropped, and an answer must be at least as new as the oldest weights that serve: the router
-        may ask a server that was set aside.
+        Whose an answer is, nobody says, and the router may ask a server that was set aside, by its
+        policy even each time. So no server is blamed for a failure, an answer must be as new as the
+        oldest weights that serve, what is not believed is not asked for here again, and while a
+        server is in doubt, whose answers look as all others do, nothing is.
 
         Raises:
-            SamplerError: as `_ask`.
+            SamplerError: the router, or whom it asked, failed more often than `server.max_retries`
+                allows.
         """
         reason: SamplerError
         for num_tries in range(1, self._settings.max_retries + 2):
             start = time.monotonic()
             async with self._places:
-                await self.replicas.choose(0, avoid=None)  # waits until one serves
-                await router.ready()
+                await self._router_ready(router)
                 self.counters.wait_s += time.monotonic() - start
-                self.counters.requests += 1
                 self.counters.retries += num_tries > 1
+                oldest = self.replicas.oldest_version()
+                if self.replicas.is_in_doubt() or oldest < 0:  # -1: a teacher's, who refuses
+                    return None
+                self.counters.requests += 1
                 num_distrusted = self.replicas.num_distrusted
+                router.in_flight += 1
                 try:
                     answer = await router.client.generate(
                         text,
@@ -288,24 +313,38 @@ class SGLangSampler:
                         max_new_tokens=room,
                         vocab_size=self._expected.vocab_size,
                         run_id=self._run_id,
-                        oldest_version=self.replicas.oldest_version(),
+                        oldest_version=oldest,
                     )
-                except (BusyError, wire.BadAnswerError) as error:
+                    router.num_failures = 0
+                    if await self.replicas.reached(_newest(answer), since=num_distrusted):
+                        return answer
+                except BusyError as error:
                     reason = error
                 except NoAnswerError as error:
                     router.failed(error)
                     reason = error
+                except wire.BadAnswerError:
+                    self.counters.retries += 1
+                    return None
                 else:
-                    router.num_failures = 0
-                    if await self.replicas.reached(_newest(answer), since=num_distrusted):
-                        return answer
-                    reason = SamplerError(f"{router.client.url} may have asked a server in doubt")
+                    self.counters.retries += 1
+                    return None
+                finally:
+                    router.in_flight -= 1
             if num_tries <= self._settings.max_retries:
                 await self._pause(num_tries)
         raise SamplerError(
             f"gave up after {num_tries} tries by server.router (server.max_retries is "
             f"{self._settings.max_retries}), the last: {reason}"
         ) from reason
+
+    async def _router_ready(self, router: Router) -> None:
+        """Waits until the router can be asked and a server serves, both at once."""
+        while True:
+            await self.replicas.choose(0, avoid=None)
+            await router.ready()
+            if any(replica.aside is None for replica in self.replicas.all):
+                return
 
     async def _pause(self, num_failures: int) -> None:
         """Longer after each failure; drawn, so that requests that failed together part."""

@@ -141,10 +141,13 @@ class ServerClient:
 
     # Questions.
 
-    async def is_ready(self) -> bool:
-        """Whether it takes requests; False while it loads, and while it is paused."""
+    async def is_ready(self, route: str = "/ready") -> bool:
+        """Whether it takes requests; False while it loads, and while it is paused.
+
+        Where the route is not known, /health tells.
+        """
         try:
-            await self._get("/ready", older="/health")
+            await self._get(route, older="/health")
         except (NoAnswerError, BusyError):
             return False
         return True

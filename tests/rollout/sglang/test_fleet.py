@@ -5,15 +5,24 @@ The servers are scripted, so the probe says what they score; whole runs are in t
 
 import asyncio
 import contextlib
+import dataclasses
+import sys
 
-import numpy as np
 import pytest
-from aiohttp import web
 
 from codjax.rollout.sampler import SamplerError
-from codjax.rollout.sglang import fleet, push, weights
-from tests.rollout.sglang.fake_server import FakeServer, scored_logprob
-from tests.rollout.sglang.serving import EXPECTED, PROMPT, params, run, settings
+from codjax.rollout.sglang import fleet, processes
+from tests.rollout.sglang.fleets import (
+    PUSHES,
+    Server,
+    ask,
+    opened,
+    serving,
+    staged,
+    versions,
+)
+from tests.rollout.sglang.serving import EXPECTED, run, settings
+from tests.rollout.sglang.test_processes import free_port
 
 STEPS = [
     "/pause_generation",
@@ -21,75 +30,6 @@ STEPS = [
     "/flush_cache",
     "/continue_generation",
 ]
-SHAPE = {"model.embed_tokens.weight": (np.dtype(np.float32), (512, 2))}
-
-
-def staged(folder, version, **changes):
-    logprobs = np.array([scored_logprob(token) for token in PROMPT[1:]], np.float32)
-    made = {
-        "run_id": "run",
-        "policy_version": version,
-        "layouts": SHAPE,
-        "tensors": [(name, np.zeros(shape, dtype)) for name, (dtype, shape) in SHAPE.items()],
-        "config": {"tie_word_embeddings": True, "vocab_size": 512},
-        "probe": weights.Probe(tokens=PROMPT, logprobs=logprobs),
-    }
-    return weights.stage_folder(weights.NamedWeights(**made | changes), folder=folder)
-
-
-@contextlib.asynccontextmanager
-async def opened(num_servers=2, **changes):
-    """(fleet, servers), connected."""
-    async with contextlib.AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(Server()) for _ in range(num_servers)]
-        pushes = push.PushSettings(call_timeout_s=5, load_timeout_s=5, tolerance=1e-6)
-        made = fleet.Fleet(settings(servers, **changes), pushes, EXPECTED, run_id="run")
-        await stack.enter_async_context(made.opened())
-        yield made, servers
-
-
-def serving(made):
-    return [replica.aside is None for replica in made.sampler.replicas.all]
-
-
-def versions(made):
-    return [replica.policy_version for replica in made.sampler.replicas.all]
-
-
-async def ask(made, count=1):
-    return await asyncio.gather(
-        *(made.sampler.generate(PROMPT, params(), seed=0, group=i) for i in range(count))
-    )
-
-
-class Server(FakeServer):
-    """A `FakeServer` that does not take weights, or never ends taking them.
-
-    Attributes:
-        update: "takes", "refuses" or "hangs".
-        scoring: scores wait for it, if there is one.
-        is_wrong: scores are those of other weights.
-    """
-
-    update = "takes"
-    scoring = None
-    is_wrong = False
-
-    async def _run(self, body, running, fault):
-        if body["logprob_start_len"] >= 0 and self.scoring is not None:
-            await self.scoring.wait()
-        return await super()._run(body, running, fault)
-
-    def scored(self, ids):
-        return [None, *[-9.0] * (len(ids) - 1)] if self.is_wrong else super().scored(ids)
-
-    async def _from_disk(self, request):
-        if self.update == "hangs":
-            self.pushes.append(await request.json())
-            await asyncio.sleep(60)
-        if self.update == "refuses":
-            return web.json_response({"success": False, "message": "out of memory"}, status=400)
-        return await super()._from_disk(request)
 
 
 def test_every_load_is_what_all_answer_from(tmp_path):
@@ -166,23 +106,18 @@ def test_what_one_in_doubt_is_answering_is_asked_elsewhere(tmp_path):
                 server.change(hold_after=2)
             asked = asyncio.create_task(ask(made, 4))
             await servers[0].until(lambda: sum(len(s.running) for s in servers) == 4)
-            wrong = scored_wrongly(servers[1])
+            servers[1].is_wrong = True
             loading = asyncio.create_task(made.load(staged(tmp_path, 1)))
             await servers[0].until(lambda: not serving(made)[1])
             for server in servers:
                 server.change(hold_after=None)
             await loading
-            wrong()
+            servers[1].is_wrong = False
             answers = await asked
             assert all(len(answer.tokens) == 8 for answer in answers)
             assert made.sampler.replicas.num_distrusted == 1
 
     run(scenario())
-
-
-def scored_wrongly(server):
-    server.scored = lambda ids: [None, *[-9.0] * (len(ids) - 1)]
-    return lambda: delattr(server, "scored")
 
 
 async def load_in_vain(folder):
@@ -214,10 +149,14 @@ def test_no_server_for_too_long_ends_it_and_names_them(tmp_path):
 
 
 async def fail_within(folder):
-    async with opened() as (made, _):
-        await made.load(staged(folder, 0))
-        await made.load(staged(folder, 1))
-        raise KeyError("mine")
+    before = asyncio.all_tasks()
+    try:
+        async with opened() as (made, _):
+            await made.load(staged(folder, 0))
+            await made.load(staged(folder, 1))
+            raise KeyError("mine")
+    finally:
+        assert asyncio.all_tasks() == before
 
 
 def test_an_error_within_comes_out_as_it_is_and_nothing_is_left(tmp_path):
@@ -226,12 +165,48 @@ def test_an_error_within_comes_out_as_it_is_and_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def local(folder, number):
+    """A server that ends, and does not start, while there is a file dies-NUMBER."""
+    port = free_port()
+    words = ("-m", "tests.rollout.sglang.fake_process", "{port}", str(folder / f"dies-{number}"))
+    return processes.ProcessSettings(
+        name=f"http://127.0.0.1:{port}",
+        command=(sys.executable, *words),
+        model_folder=folder,
+        port=port,
+        log_file=folder / "log",
+        stop_timeout_s=0.5,
+        max_restarts=1,
+        backoff_s=0.05,
+    )
+
+
+def test_a_server_that_was_given_up_is_given_no_more_weights_and_keeps_none(tmp_path, caplog):
+    async def scenario():
+        own = [local(tmp_path, number) for number in range(2)]
+        urls = tuple(one.name for one in own)
+        reached = dataclasses.replace(settings([], max_failures=1), urls=urls)
+        made = fleet.Fleet(reached, PUSHES, EXPECTED, run_id="run", local=own)
+        async with made.opened():
+            await made.load(staged(tmp_path, 0))
+            assert serving(made) == [True, True]
+            (tmp_path / "dies-0").touch()
+            async with asyncio.timeout(30):
+                while "is given up" not in caplog.text:
+                    await asyncio.sleep(0.02)
+            await made.load(staged(tmp_path, 1))
+            assert serving(made) == [False, True]
+            assert [made.pushed[one.name].version for one in own] == ["run-0", "run-1"]
+            assert [path.name for path in tmp_path.glob("weights-*")] == ["weights-run-1"]
+
+    run(scenario())
+
+
 def test_cancelled_in_the_middle_of_a_load_it_lets_the_servers_go_on(tmp_path):
     async def scenario():
         async with contextlib.AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(Server()) for _ in range(2)]
-            pushes = push.PushSettings(call_timeout_s=5, load_timeout_s=5, tolerance=1e-6)
-            made = fleet.Fleet(settings(servers), pushes, EXPECTED, run_id="run")
+            made = fleet.Fleet(settings(servers), PUSHES, EXPECTED, run_id="run")
 
             async def body():
                 async with made.opened():
@@ -256,23 +231,10 @@ def test_a_server_that_was_left_paused_is_told_to_go_on(tmp_path):
     async def scenario():
         async with Server() as server:
             server.change(paused="retract")
-            pushes = push.PushSettings(call_timeout_s=5, load_timeout_s=5, tolerance=1e-6)
-            made = fleet.Fleet(settings([server]), pushes, EXPECTED, run_id="run")
+            made = fleet.Fleet(settings([server]), PUSHES, EXPECTED, run_id="run")
             async with made.opened():
                 await made.load(staged(tmp_path, 0))
                 assert serving(made) == [True]
-
-    run(scenario())
-
-
-def test_one_that_never_takes_them_keeps_no_other_away(tmp_path):
-    async def scenario():
-        async with opened() as (made, servers):
-            await made.load(staged(tmp_path, 0))
-            servers[0].update = "refuses"
-            await made.load(staged(tmp_path, 1))
-            made.sampler.set_aside(servers[1].url, "it was slow")
-            await servers[1].until(lambda: serving(made) == [False, True])
 
     run(scenario())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from codjax import models
@@ -80,6 +81,10 @@ def test_servers_with_other_weights_are_refused(pair, tmp_path):
                 await other.connect()
                 with pytest.raises(wire.WrongWeightsError, match="should have 'other-0'"):
                     await other.readmit(url, policy_version=0)
+                await other.readmit(url, policy_version=None)  # as a teacher
+                scored = await other.score(learner.PROBE)
+                gap = np.max(np.abs(scored - learner.score(0, learner.PROBE)))
+                assert gap < learner.PREFILL_GAP
 
     serving.run(scenario())
 
