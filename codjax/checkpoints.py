@@ -19,6 +19,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from codjax import checks, learner
 
+FOLDER = "checkpoints"  # in a workdir
+
 
 class CheckpointError(checks.ConfigError):
     """A checkpoint that was asked for is not there."""
@@ -35,7 +37,7 @@ class Checkpoints:
             keep: newest checkpoints to keep, beside step 0.
             read_only: look and restore, change nothing.
         """
-        self._folder = pathlib.Path(workdir).resolve() / "checkpoints"
+        self._folder = pathlib.Path(workdir).resolve() / FOLDER
         if read_only and not self._folder.is_dir():
             raise CheckpointError(
                 f"{workdir} holds no checkpoints; train first: codjax train --workdir={workdir}"

@@ -18,7 +18,6 @@ import logging
 import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import codjax
-from codjax import checks, config_files, validation
+from codjax import checks, config_files, interrupts, validation
 from codjax.checks import (
     ConfigError,
     EvaluationError,
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None for those of the process.
     """
     if argv is None:
-        _take_interrupts()
+        interrupts.take(INTERRUPTED)
     status = _status(list(sys.argv[1:] if argv is None else argv))
     if "codjax.distributed" in sys.modules:
         from codjax import distributed
@@ -100,21 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What all do together ends with all; a failure leaves the others no choice.
         distributed.finish() if status in (SUCCESS, STOPPED) else distributed.leave(status)
     return _stop_status() if status == STOPPED else status
-
-
-def _take_interrupts() -> None:
-    """The first Ctrl-C ends the command in good order, the second at once."""
-
-    def end(*_: Any) -> None:
-        os.write(2, b"\ncodjax: interrupted twice; ended at once.\n")
-        os._exit(INTERRUPTED)
-
-    def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGINT, end)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-        signal.signal(signal.SIGINT, interrupt)
 
 
 def _status(args: list[str]) -> int:

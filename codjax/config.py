@@ -239,7 +239,9 @@ def _rollout() -> ConfigDict:
                     "noise": 2.0,  # standard deviation in the priority: mixes recent steps
                 }
             ),
-            "deadline_s": 7200.0,  # longest wait for a rollout step; then the run ends and says why
+            # For a rollout step, for an update with its exchange and checkpoint, and between two
+            # runs of an evaluation; what takes longer ends the run, which says what was awaited.
+            "deadline_s": 7200.0,
         }
     )
 

@@ -37,6 +37,7 @@ from codjax import (
     serving,
     types,
     validation,
+    waits,
     workdirs,
 )
 from codjax import chat as chats
@@ -56,6 +57,7 @@ class Evaluator:
     chat: chats.Chat
     tasksets: Mapping[str, build.TaskSet]
     policy: policies.Policy
+    stalls: waits.Waits
 
     def run(self, candidates: Mapping[str, Any]) -> dict[str, dict[str, list[types.Trajectory]]]:
         """Trajectories of every candidate in every entry of the matrix, one per pack.
@@ -71,6 +73,7 @@ class Evaluator:
     async def _run(
         self, candidates: Mapping[str, Any]
     ) -> dict[str, dict[str, list[types.Trajectory]]]:
+        self.stalls.watch("the evaluation", asyncio.get_running_loop())
         # One event loop for all of it: connections belong to the loop that they were made in.
         runs = {}
         try:
@@ -128,7 +131,13 @@ class Evaluator:
         trajectories: list[types.Trajectory] = []
         for begin in range(0, len(all_packs), at_once):
             part = slice(begin, begin + at_once)
-            groups = await runner.run_packs(
+            wait = waits.Wait(
+                who="evaluation",
+                what=f"{len(all_packs[part])} runs of {taskset.name}",
+                deadline_s=self.config.rollout.deadline_s,
+                key="rollout.deadline_s",
+            )
+            runs = runner.run_packs(
                 all_packs[part],
                 group_size=1,
                 tasksets={taskset.name: taskset.rules()},
@@ -137,7 +146,9 @@ class Evaluator:
                 settings=settings,
                 seed=seeds.derive_seed(self.config.evaluation.seed, "evaluation"),
                 hint_overrides=overrides[part] if overrides else None,
+                on_done=lambda: self.stalls.note("evaluation", "a run was over"),
             )
+            groups = await self.stalls.within(runs, wait)
             trajectories += [trajectory for (trajectory,) in groups]
         return distributed.merge(distributed.gather(trajectories))
 
@@ -170,7 +181,8 @@ def main(config: ConfigDict, checkpoint: str | int, workdir: str) -> dict[str, A
         distributed.check_shared(folder)
     chat, tasksets = distributed.on_all(lambda: _played(config))
     policy, candidates = _asked(config, chat, checkpoint, workdir)
-    evaluator = Evaluator(config=config, chat=chat, tasksets=tasksets, policy=policy)
+    stalls = waits.Waits(folder)
+    evaluator = Evaluator(config=config, chat=chat, tasksets=tasksets, policy=policy, stalls=stalls)
     runs = evaluator.run(candidates)
     _warn_of_failures(runs)
     (label, trajectories), *others = runs.items()

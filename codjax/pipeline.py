@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -37,7 +38,7 @@ Load = Callable[[Any, int], Awaitable[None]]  # weights, version
 Agree = Callable[[Mapping[int, int]], Mapping[int, int] | None]
 
 _AGREE_S = 0.25  # between two questions to the other processes, and whether to stop
-_CLOSE_S = 30.0  # for rollouts to end that were told to
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Settings:
             leave a step to be begun again by other weights than it was begun with.
         deadline_s: longest wait for a rollout step, with its config key.
         deadline_key: of that.
+        close_s: longest wait for the rollouts to end, and servers with them.
+        close_failed_s: the same after an error.
     """
 
     num_steps: int
@@ -65,6 +68,8 @@ class Settings:
     is_repeatable: bool
     deadline_s: float
     deadline_key: str
+    close_s: float = 30.0
+    close_failed_s: float = 30.0
 
     @property
     def most_under_way(self) -> int:
@@ -145,6 +150,7 @@ class Pipeline:
         self._next, self._again = position.next_step, list(position.unfinished)
         self._running: dict[int, asyncio.Task[tuple[Any, int | None]]] = {}
         self._training: replay.Item | None = None
+        self._dropped: list[replay.Item] = []  # since the last one that was taken
         self._offered: tuple[Any, int] | None = None
         self._last_offered: int | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -168,7 +174,7 @@ class Pipeline:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(self._settings.close_s if error is None else self._settings.close_failed_s)
 
     def offer(self, weights: Any, *, version: int) -> None:
         """The newest weights; returns at once. They must stay as they are until others come."""
@@ -200,7 +206,6 @@ class Pipeline:
             BaseException: what `sample` or `load` raised.
         """
         begin, wait = time.monotonic(), self._wait(f"a rollout step for update {update}")
-        dropped: list[replay.Item] = []
         assert self._training is None  # `consumed` comes first
         if self._num_trained >= self._settings.num_steps:
             return None
@@ -210,12 +215,13 @@ class Pipeline:
                 return None
             with self._changed:
                 self._training, too_old = self._replay.draw(update, common)
-            dropped += too_old
+            self._dropped += too_old
             self._wake_up()
         with self._changed:
             while self._settings.is_repeatable and self._may_begin():
                 self._sleep(wait, since=begin)
             seconds = self._times.taken(self._training.step, is_idle=not self._running)
+        dropped, self._dropped = self._dropped, []
         return Drawn(item=self._training, too_old=tuple(dropped), seconds=seconds)
 
     def consumed(self, drawn: Drawn) -> None:
@@ -246,16 +252,19 @@ class Pipeline:
                 items=self._replay.items,
             )
 
-    def close(self) -> None:
+    def close(self, limit_s: float | None = None) -> None:
         """Cancel what is being sampled and end the thread.
 
-        It is waited for as long as it takes to end servers in good order; code that hangs is left
-        to the end of the process.
+        Args:
+            limit_s: code that does not end by then is left to the end of the process; unset:
+                `close_s`.
         """
         if self._thread.is_alive():
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
                 self._loop.call_soon_threadsafe(self._main.cancel)
-            self._thread.join(_CLOSE_S)
+            self._thread.join(self._settings.close_s if limit_s is None else limit_s)
+            if self._thread.is_alive():
+                _logger.warning("The rollouts did not end in time; they end with the process.")
 
     def _common(self, wait: waits.Wait, begin: float) -> Mapping[int, int] | None:
         """Step → version of what waits in all processes, once there is something; None to stop."""

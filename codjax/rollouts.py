@@ -1,6 +1,6 @@
 """The rollouts of a run, sampled ahead by all of its processes, and their place in a checkpoint.
 
-    with open_pipeline(config, sample=…, serving=…, stop=…, stalls=…, position=…) as ahead:
+    with open_pipeline(source, stop=…, position=…) as ahead:
         drawn = ahead.take(update)
         groups = of_all(drawn.item.payload)
     loop = position_to_json(ahead.position())
@@ -12,6 +12,7 @@ all: credit, RED and rows are of the whole step, whatever the number of processe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from codjax.rollout import runner
 from codjax.rollout import settings as rollout_settings
 from codjax.rollout.sampler import SamplerError
 
+_CLOSE_S, _HURRY_S = 30.0, 2.0
 Groups = list[list[types.Trajectory]]
 
 
@@ -47,6 +49,7 @@ class Source:
         tasksets: by name.
         settings: of the rollout.
         serving: who samples.
+        stalls: told of signs of life.
     """
 
     config: ConfigDict
@@ -54,21 +57,26 @@ class Source:
     tasksets: Mapping[str, build.TaskSet]
     settings: rollout_settings.RolloutSettings
     serving: serving.Serving
+    stalls: waits.Waits
 
     async def sample(self, step: int) -> tuple[Groups, int | None]:
         """This process's trajectories of a step, group by group, and the version of the newest.
 
         With all processes', a function of the step and the weights, if the sampler is.
         """
-        step_packs, _ = draw_packs(self.config, self.tasksets, step)
+        mine = distributed.share(draw_packs(self.config, self.tasksets, step)[0])
+        num_runs, num_done = len(mine) * self.config.rollout.group_size, itertools.count(1)
         groups = await runner.run_packs(
-            distributed.share(step_packs),
+            mine,
             group_size=self.config.rollout.group_size,
             tasksets={name: taskset.rules() for name, taskset in self.tasksets.items()},
             sampler=self.serving.sampler,
             chat=self.chat,
             settings=self.settings,
             seed=seeds.derive_seed(self.config.seed, "rollout", step),
+            on_done=lambda: self.stalls.note(
+                "rollouts", f"{next(num_done)} of {num_runs} runs of step {step} were over"
+            ),
         )
         versions = [
             turn.policy_version
@@ -122,7 +130,6 @@ def open_pipeline(
     source: Source,
     *,
     stop: distributed.StopRequest,
-    stalls: waits.Waits,
     position: pipeline.Position,
 ) -> pipeline.Pipeline:
     """The pipeline of `config.rollout`.
@@ -130,10 +137,12 @@ def open_pipeline(
     Args:
         source: of the trajectories.
         stop: looked at while a step is awaited.
-        stalls: asked when none comes.
         position: to go on from.
     """
     rollout = source.config.rollout
+    server = source.config.server
+    # A push lets a server go on before it ends; a local server is given its time, and its guard's.
+    close_s = _CLOSE_S + server.control_timeout_s + server.local.stop_timeout_s
     settings = pipeline.Settings(
         num_steps=source.config.num_steps,
         max_staleness=rollout.max_staleness,
@@ -146,6 +155,9 @@ def open_pipeline(
         and rollout.sync_every == 1,
         deadline_s=rollout.deadline_s,
         deadline_key="rollout.deadline_s",
+        close_s=close_s,
+        # The others wait for this process inside a collective; the end of the process ends all.
+        close_failed_s=close_s if distributed.num_processes() == 1 else _HURRY_S,
     )
     rules = replay.Rules(
         # More never wait: `Pipeline` begins no step that would.
@@ -159,7 +171,14 @@ def open_pipeline(
     )
 
     def agree(mine: Mapping[int, int]) -> Mapping[int, int] | None:
-        found = distributed.gather((dict(mine), stop.is_noted))
+        asking = waits.Wait(
+            who="rollouts",
+            what="the other processes to say which rollout steps they have",
+            deadline_s=rollout.deadline_s,
+            key="rollout.deadline_s",
+        )
+        with source.stalls.guarded(asking):
+            found = distributed.gather((dict(mine), stop.is_noted))
         return None if any(noted for _, noted in found) else common([own for own, _ in found])
 
     return pipeline.Pipeline(
@@ -167,7 +186,7 @@ def open_pipeline(
         sample=source.sample,
         load=source.serving.load,
         rules=rules,
-        stalls=stalls,
+        stalls=source.stalls,
         position=position,
         agree=agree,
         around=source.serving.opened(),

@@ -78,6 +78,9 @@ def main(config: ConfigDict, workdir: str) -> None:
     distributed.on_main(lambda: workdirs.prepare(folder))
     distributed.on_main(lambda: workdirs.check_resumes(folder, config))
     distributed.check_shared(folder)
+    if distributed.on_main(lambda: _is_complete(folder, config)):
+        _logger.info("%s has its %d steps already.", folder, config.num_steps)
+        return
     run = distributed.on_all(lambda: _Run.of(config, folder))
     asyncio.run(serving.check(config, run.chat, run.model))
     if distributed.is_main():
@@ -88,6 +91,16 @@ def main(config: ConfigDict, workdir: str) -> None:
         _loop(run, store, folder, state, loop)
     finally:
         store.close()
+
+
+def _is_complete(folder: pathlib.Path, config: ConfigDict) -> bool:
+    """Whether nothing is left to do; servers need not be there for that."""
+    if not (folder / checkpoints.FOLDER).is_dir():
+        return False
+    store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep, read_only=True)
+    latest = store.latest_step()
+    store.close()
+    return latest is not None and latest >= config.num_steps > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +136,7 @@ class _Run:
             rules=scoring.make_rules(config.credit),
         )
 
-    def source(self) -> rollouts.Source:
+    def source(self, stalls: waits.Waits) -> rollouts.Source:
         """What samples its rollout steps."""
         return rollouts.Source(
             config=self.config,
@@ -133,6 +146,7 @@ class _Run:
                 self.config.rollout, keep_env_memory=self.config.packs.keep_env_memory
             ),
             serving=self.serving,
+            stalls=stalls,
         )
 
 
@@ -186,9 +200,6 @@ def _loop(
 ) -> None:
     """Steps from the loop's position to the end."""
     config, start = run.config, loop["step"]
-    if start >= config.num_steps:
-        _logger.info("%s has its %d steps already.", folder, start)
-        return
     reference = _reference(run, store)
     trajectories = metrics.TrajectoryWriter(
         folder,
@@ -196,7 +207,7 @@ def _loop(
         packs_per_step=config.metrics.packs_per_step,
         decode=run.chat.show,
     )
-    is_main, version = distributed.is_main(), int(state.step)
+    is_main, version, stalls = distributed.is_main(), int(state.step), waits.Waits(folder)
     with (
         metrics.MetricsWriter(
             folder, start + 1, config.metrics.tensorboard, writes=is_main
@@ -204,9 +215,8 @@ def _loop(
         progress.Progress("train", total=config.num_steps, start=start) as bar,
         distributed.StopRequest() as stop,
         rollouts.open_pipeline(
-            run.source(),
+            run.source(stalls),
             stop=stop,
-            stalls=waits.Waits(folder),
             position=rollouts.position_from_json(start, loop),
         ) as ahead,
     ):
@@ -226,36 +236,51 @@ def _loop(
             if drawn is None:  # told to stop
                 _stop(save, step)
             clock.lap("wait_rollout_s")
-            groups = rollouts.of_all(drawn.item.payload)
-            rollouts.check_any_answered(drawn.item.step, groups)
-            clock.lap("exchange_s")
-            oldest = replay.oldest_version(version + 1, max_staleness=config.rollout.max_staleness)
-            state, scored, numbers = _train_on(run, state, groups, reference, clock, oldest=oldest)
-            if is_main and not numbers["batching/trained_tokens"]:
-                _logger.warning(
-                    "Step %d has nothing to train on: no run was kept, or none was sampled.",
-                    step + 1,
+            with stalls.guarded(_wait_for_step(config, step + 1)):
+                groups = rollouts.of_all(drawn.item.payload)
+                rollouts.check_any_answered(drawn.item.step, groups)
+                clock.lap("exchange_s")
+                stalls.note("learner", f"step {step + 1}: trajectories are there")
+                state, scored, numbers = _train_on(
+                    run, state, groups, reference, clock, version=version
                 )
-            numbers |= metrics.rollout_metrics(groups, policy_version=version)
-            version = int(state.step)  # lags behind `step` by the steps without training
-            clock.lap("metrics_s")
-            if ahead.is_due(version):
-                ahead.offer(run.serving.stage(state.params, version=version), version=version)
-            clock.lap("stage_s")
-            ahead.consumed(drawn)
-            numbers |= _rollout_numbers(run, drawn)
-            numbers |= clock.metrics(numbers)
-            writer.write(step + 1, numbers)
-            if is_main and (step + 1) % config.metrics.packs_every_steps == 0:
-                trajectories.write(step + 1, groups, scored)
-            bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
-            if step == start:  # all that lives for ever is there: collections need not visit it
-                gc.freeze()  # each took 0.15 s of every thread
-            is_last = step + 1 == config.num_steps
-            if (step + 1) % config.checkpoint.every_steps == 0 or is_last:
-                save(step + 1)
-            if not is_last and stop.is_asked():
-                _stop(save, step + 1)
+                if is_main and not numbers["batching/trained_tokens"]:
+                    _logger.warning(
+                        "Step %d has nothing to train on: no run was kept, or none was sampled.",
+                        step + 1,
+                    )
+                numbers |= metrics.rollout_metrics(groups, policy_version=version)
+                version = int(state.step)  # lags behind `step` by the steps without training
+                clock.lap("metrics_s")
+                stalls.note("learner", f"step {step + 1}: updated")
+                if ahead.is_due(version):
+                    ahead.offer(run.serving.stage(state.params, version=version), version=version)
+                clock.lap("stage_s")
+                stalls.note("learner", f"step {step + 1}: weights are made")
+                ahead.consumed(drawn)
+                numbers |= _rollout_numbers(run, drawn)
+                numbers |= clock.metrics(numbers)
+                writer.write(step + 1, numbers)
+                if is_main and (step + 1) % config.metrics.packs_every_steps == 0:
+                    trajectories.write(step + 1, groups, scored)
+                bar.update(step + 1, progress.reward_text(numbers), step_s=numbers["time/step_s"])
+                if step == start:  # all that lives for ever is there: collections need not visit it
+                    gc.freeze()  # each took 0.15 s of every thread
+                is_last = step + 1 == config.num_steps
+                if (step + 1) % config.checkpoint.every_steps == 0 or is_last:
+                    save(step + 1)
+                if not is_last and stop.is_asked():
+                    _stop(save, step + 1)
+
+
+def _wait_for_step(config: ConfigDict, step: int) -> waits.Wait:
+    """The learner's part of a step: collectives and writes, which nothing can interrupt."""
+    return waits.Wait(
+        who="learner",
+        what=f"the exchange, the update, the weights or the checkpoint of step {step}",
+        deadline_s=config.rollout.deadline_s,
+        key="rollout.deadline_s",
+    )
 
 
 def _stop(save: Callable[[int], None], step: int) -> NoReturn:
@@ -361,11 +386,12 @@ def _train_on(
     reference: learner.Params | None,
     clock: _Clock,
     *,
-    oldest: int,
+    version: int,
 ) -> tuple[learner.TrainState, list[list[scoring.ScoredTrajectory]], dict[str, float]]:
     """Credit, batch, update. A step without anything to train on leaves the state as it is."""
     config = run.config
     scored, numbers = scoring.score_trajectories(groups, run.rules)
+    oldest = replay.oldest_version(version + 1, max_staleness=config.rollout.max_staleness)
     sequences = training_sequences(scored, oldest=oldest)
     numbers["staleness/dropped_samples"] = num_samples(scored) - len(sequences)
     if not sequences:

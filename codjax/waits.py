@@ -2,8 +2,9 @@
 
     waits = Waits(folder)
     waits.note("rollout", "3 of 64 runs are done")                       # from any thread
-    groups = waits.result(future, Wait(who="rollout", what="the rollout of step 7", …))
-    answer = await waits.within(coroutine, Wait(…))
+    answer = await waits.within(coroutine, Wait(who="rollout", what="the rollout of step 7", …))
+    with waits.guarded(Wait(…)):                                         # what cannot be cancelled
+        gather()
 
 When a deadline passes, the stacks of all threads, and of all tasks of the loops that `watch` was
 told of, go to a file; `StalledError` says in one line what was awaited, since when, what was last
@@ -13,14 +14,15 @@ heard, and where the file is.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import contextlib
 import dataclasses
 import faulthandler
+import os
 import pathlib
 import threading
 import time
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Coroutine, Iterator
 from typing import Any, TextIO, TypeVar
 
 from codjax.checks import StalledError
@@ -35,7 +37,7 @@ class Wait:
     Attributes:
         who: its owner, whose signs of life count.
         what: in words, after "for".
-        deadline_s: seconds until it is given up.
+        deadline_s: seconds until it is given up; of silence, for `Waits.within`.
         key: the config key of the deadline.
     """
 
@@ -64,33 +66,42 @@ class Waits:
         with self._lock:
             self._loops[name] = loop
 
-    def result(self, future: concurrent.futures.Future[Result], wait: Wait) -> Result:
-        """The result of a future, awaited by this thread.
+    @contextlib.contextmanager
+    def guarded(self, wait: Wait) -> Iterator[None]:
+        """Within: code that nothing can interrupt, such as a collective or a write to a disk.
 
-        Raises:
-            StalledError: the deadline passed; the future goes on.
+        When it hangs, nobody can be told but by ending the process: with the line of `StalledError`
+        on stderr, and status 1.
         """
-        begin = time.monotonic()
-        done, _ = concurrent.futures.wait([future], timeout=wait.deadline_s)
-        if not done:
-            raise self.stalled(wait, since=begin)
-        return future.result()
-
-    async def within(self, awaitable: Awaitable[Result], wait: Wait) -> Result:
-        """The result of something awaited by a task.
-
-        Raises:
-            StalledError: the deadline passed, and it was cancelled.
-        """
-        begin = time.monotonic()
-        timeout = asyncio.timeout(wait.deadline_s)
+        timer = threading.Timer(wait.deadline_s, self._end, (wait, time.monotonic()))
+        timer.daemon = True
+        timer.start()
         try:
-            async with timeout:
-                return await awaitable
-        except TimeoutError as error:
-            if not timeout.expired():  # its own
-                raise
-            raise self.stalled(wait, since=begin) from error
+            yield
+        finally:
+            timer.cancel()
+
+    async def within(self, awaitable: Coroutine[Any, Any, Result], wait: Wait) -> Result:
+        """The result of something awaited by a task, while its owner shows signs of life.
+
+        Raises:
+            StalledError: for as long as the deadline there was none, and it was cancelled.
+        """
+        begin = time.monotonic()
+        task = asyncio.create_task(awaitable)
+        try:
+            while not task.done():
+                with self._lock:
+                    heard = self._signs.get(wait.who, (begin, ""))[0]
+                left_s = max(begin, heard) + wait.deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise self.stalled(wait, since=begin)
+                await asyncio.wait({task}, timeout=left_s)
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
 
     def stalled(self, wait: Wait, *, since: float) -> StalledError:
         """Writes the stacks, and returns what is to be raised.
@@ -111,6 +122,11 @@ class Waits:
             f"waited {waited:.0f} s ({wait.key}) for {wait.what}; last sign of life of "
             f"{wait.who}: {heard}; {place}."
         )
+
+    def _end(self, wait: Wait, since: float) -> None:
+        error = self.stalled(wait, since=since)
+        os.write(2, f"codjax: {error}\n".encode())
+        os._exit(1)
 
     def _write_stacks(self) -> pathlib.Path:
         path = self._folder / f"stall-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns()}.txt"

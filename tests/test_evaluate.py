@@ -21,6 +21,7 @@ from codjax import (
     policies,
     train,
     types,
+    waits,
 )
 from codjax import chat as chats
 from codjax import config as config_lib
@@ -227,6 +228,7 @@ def evaluator(script, **changes):
         chat=chat,
         tasksets=build.load_tasksets(config, ["lake_test"]),
         policy=policies.InProcess(sampler, num_at_once=config.engine.num_slots),
+        stalls=waits.Waits(pathlib.Path()),
     )
 
 

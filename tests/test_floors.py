@@ -49,6 +49,7 @@ FLOORS = {
     "codjax.plots": 3,
     "codjax.build": 4,
     "codjax.memory": 4,
+    "codjax.interrupts": 0,
     "codjax.rollouts": 4,
     "codjax.serve": 4,
     "codjax.data": 4,

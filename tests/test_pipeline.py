@@ -326,6 +326,40 @@ def test_a_rollout_that_does_not_come_is_a_stall_with_its_stack(tmp_path):
     assert "rollout step 0" in path.read_text()
 
 
+def test_after_an_error_a_rollout_that_hangs_is_not_waited_for(tmp_path, caplog):
+    """In one of several processes: the others wait for this one."""
+    world, is_over = World(tmp_path, close_failed_s=0.2), threading.Event()
+
+    async def hang(step):
+        world.log.append("hangs")
+        is_over.wait(30)
+        return "groups", 0
+
+    world.sample = hang
+    made = world.open()
+    made.offer("weights 0", version=0)
+    wait_until(lambda: "hangs" in world.log)
+    begin = time.monotonic()
+    made.__exit__(ValueError, ValueError(), None)
+    assert time.monotonic() - begin < 5
+    assert "did not end in time" in caplog.text
+    is_over.set()
+    made._thread.join(10)
+
+
+def test_a_step_that_was_dropped_before_a_stop_is_counted_by_the_next_item(tmp_path):
+    world = World(tmp_path, max_staleness=1, num_steps=3)
+    old = replay.Item(step=0, version=0, payload="groups 0")
+    answers = [{0: 0}, None]
+    with world.open(
+        position=pipeline.Position(next_step=1, items=(old,)),
+        agree=lambda mine: answers.pop(0) if answers else mine,
+    ) as made:
+        made.offer("weights 5", version=5)
+        assert made.take(6) is None
+        assert [item.step for item in made.take(6).too_old] == [0]
+
+
 def test_closing_cancels_what_is_sampled_and_ends_the_thread(tmp_path):
     world = World(tmp_path)
     world.gates = {0: threading.Event()}

@@ -1,9 +1,10 @@
 """Every wait ends: with its result, with the error of what was awaited, or with one that tells."""
 
 import asyncio
-import concurrent.futures
 import re
-import threading
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -22,51 +23,61 @@ def stacks_of(error, folder):
 
 def test_what_comes_in_time_is_returned(tmp_path):
     waits = Waits(tmp_path)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        assert waits.result(pool.submit(lambda: 3), LONG) == 3
 
     async def answer():
         return 4
 
     assert asyncio.run(waits.within(answer(), LONG)) == 4
+    with waits.guarded(SHORT):
+        pass
+    time.sleep(0.2)  # it would have ended us by now
     assert not list(tmp_path.iterdir())
 
 
 def test_the_error_of_what_was_awaited_is_its_own(tmp_path):
-    waits = Waits(tmp_path)
-
-    def fail():
+    async def fail_later():
         raise TimeoutError("mine")
 
-    async def fail_later():
-        fail()
-
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-        pytest.raises(TimeoutError, match="mine"),
-    ):
-        waits.result(pool.submit(fail), LONG)
     with pytest.raises(TimeoutError, match="mine"):
-        asyncio.run(waits.within(fail_later(), LONG))
+        asyncio.run(Waits(tmp_path).within(fail_later(), LONG))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_thread_that_waits_too_long_is_told_what_was_last_heard(tmp_path):
-    waits, release = Waits(tmp_path), threading.Event()
-    waits.note("rollout", "3 of 64 runs are done")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with pytest.raises(StalledError) as caught:
-            waits.result(pool.submit(release.wait), SHORT)
-        release.set()
-    assert re.match(
-        r"waited 0 s \(rollout\.deadline_s\) for the rollout of step 7; last sign of life of "
-        r"rollout: 0 s ago: 3 of 64 runs are done; the stacks of all threads and tasks are in ",
-        str(caught.value),
+def test_signs_of_life_prolong_a_wait(tmp_path):
+    waits = Waits(tmp_path)
+
+    async def slow():
+        for number in range(6):
+            await asyncio.sleep(0.05)
+            waits.note("rollout", f"{number} runs are done")
+        return "at last"
+
+    assert asyncio.run(waits.within(slow(), SHORT)) == "at last"
+
+
+def test_what_nothing_can_interrupt_ends_the_process_and_says_why(tmp_path):
+    program = (
+        "import pathlib, time\n"
+        "from codjax.waits import Wait, Waits\n"
+        f"waits = Waits(pathlib.Path({str(tmp_path)!r}))\n"
+        "waits.note('learner', 'step 6: updated')\n"
+        "wait = Wait(who='learner', what='step 7', deadline_s=0.2, key='rollout.deadline_s')\n"
+        "with waits.guarded(wait):\n"
+        "    time.sleep(60)\n"
     )
-    assert "\n" not in str(caught.value)
-    stacks = stacks_of(caught.value, tmp_path)
-    assert "3 of 64 runs are done" in stacks
-    assert "release.wait" in stacks or "in wait" in stacks
+    begin = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert time.monotonic() - begin < 30
+    assert ended.returncode == 1
+    assert re.fullmatch(
+        r"codjax: waited 0 s \(rollout\.deadline_s\) for step 7; last sign of life of learner: "
+        r"0 s ago: step 6: updated; the stacks of all threads and tasks are in .*\n",
+        ended.stderr,
+    ), ended.stderr
+    (path,) = tmp_path.glob("stall-*.txt")
+    assert "line 7 in <module>" in path.read_text()
 
 
 async def hang(forever):
@@ -96,8 +107,14 @@ def test_a_task_that_waits_too_long_is_cancelled_and_all_tasks_are_shown(tmp_pat
         finally:
             other.cancel()
 
-    with pytest.raises(StalledError, match=r"rollout: none; the stacks") as caught:
+    with pytest.raises(StalledError) as caught:
         asyncio.run(run())
+    assert re.match(
+        r"waited 0 s \(rollout\.deadline_s\) for the rollout of step 7; last sign of life of "
+        r"rollout: none; the stacks of all threads and tasks are in ",
+        str(caught.value),
+    )
+    assert "\n" not in str(caught.value)
     assert cancelled == [True]
     stacks = stacks_of(caught.value, tmp_path)
     task = stacks[stacks.index("pack 5, run 2") :]

@@ -26,7 +26,7 @@ import aiohttp
 from ml_collections import ConfigDict
 
 from codjax import checks
-from codjax.rollout.sampler import SamplerError
+from codjax.rollout.sampler import RefusedError, SamplerError
 from codjax.rollout.sglang.wire import BadAnswerError, error_text
 
 T = TypeVar("T")
@@ -44,19 +44,6 @@ class AgainError(SamplerError):
     def __init__(self, message: str, *, after_s: float = 0.0) -> None:
         super().__init__(message)
         self.after_s = after_s
-
-
-class RefusedError(SamplerError):
-    """The endpoint will not do this, now or later.
-
-    Attributes:
-        status: of the HTTP answer.
-        text: what it said.
-    """
-
-    def __init__(self, message: str, *, status: int, text: str) -> None:
-        super().__init__(message)
-        self.status, self.text = status, text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,14 @@ import numpy as np
 from codjax import chat as chats
 from codjax import checks, types
 from codjax.rollout import openai_wire as wire
-from codjax.rollout.openai_client import Client, Counters, EndpointSettings, RefusedError
-from codjax.rollout.sampler import Generation, PromptTooLongError, SamplerError, SamplingParams
+from codjax.rollout.openai_client import Client, Counters, EndpointSettings
+from codjax.rollout.sampler import (
+    Generation,
+    PromptTooLongError,
+    RefusedError,
+    SamplerError,
+    SamplingParams,
+)
 
 _TOO_LONG = re.compile(r"context[_ ](length|size|window)|(prompt|input) is too long", re.IGNORECASE)
 _SHOWN_MODELS = 10

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -51,6 +52,7 @@ async def run_packs(
     settings: RolloutSettings,
     seed: int,
     hint_overrides: Sequence[HintOverride] | None = None,
+    on_done: Callable[[], None] | None = None,
 ) -> list[list[types.Trajectory]]:
     """All runs of all packs, concurrently.
 
@@ -63,6 +65,7 @@ async def run_packs(
         settings: of the rollout.
         seed: of the step or the evaluation; two steps need different ones.
         hint_overrides: one per pack, controls of an evaluation.
+        on_done: called whenever a run is over: a sign of life.
 
     Returns:
         One group per pack, in the order of the packs; in it the runs, in order.
@@ -93,6 +96,9 @@ async def run_packs(
                     for run in range(group_size)
                 ]
             )
+        if on_done is not None:
+            for task in itertools.chain.from_iterable(groups):
+                task.add_done_callback(lambda _: on_done())
     return [[task.result() for task in group] for group in groups]
 
 

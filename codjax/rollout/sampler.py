@@ -20,6 +20,19 @@ class SamplerError(checks.ServerError):
     """The sampler could not answer, after its own retries; the run that asked is dropped."""
 
 
+class RefusedError(SamplerError):
+    """A server will not do what it was asked over HTTP, now or later.
+
+    Attributes:
+        status: of the HTTP answer.
+        text: what it said.
+    """
+
+    def __init__(self, message: str, *, status: int, text: str) -> None:
+        super().__init__(message)
+        self.status, self.text = status, text
+
+
 class PromptTooLongError(SamplerError):
     """Prompt and response cannot fit into the sampler's context."""
 

@@ -77,7 +77,7 @@ class Server(Protocol):
         ...
 
     async def update_from_bytes(
-        self, payload: Sequence[str], load_format: str | None, version: str | None, flush: bool
+        self, payload: Sequence[str], version: str | None, flush: bool
     ) -> None:
         """Load tensors: one payload per rank; the last call has the version and flushes."""
         ...
@@ -283,7 +283,7 @@ class Pusher:
         for number, payload in enumerate(staged.payloads, start=1):
             is_last = number == len(staged.payloads)
             load = server.update_from_bytes(
-                [payload] * server.tp_size, None, staged.version if is_last else None, is_last
+                [payload] * server.tp_size, staged.version if is_last else None, is_last
             )
             what = f"loading payload {number} of {len(staged.payloads)}"
             await _within(self._settings.load_timeout_s, server, what, load)

@@ -26,6 +26,7 @@ from codjax import types
 from codjax.rollout.sampler import (
     Generation,
     PromptTooLongError,
+    RefusedError,
     SamplerError,
     SamplingParams,
     join_spans,
@@ -36,7 +37,6 @@ from codjax.rollout.sglang.router import Router
 from codjax.rollout.sglang.server import (
     BusyError,
     NoAnswerError,
-    RefusedError,
     ServerClient,
     ServerSettings,
 )

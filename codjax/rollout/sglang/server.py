@@ -9,7 +9,6 @@ Nothing here is tried twice: whether and where to try again is the sampler's bus
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import io
 import uuid
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 import aiohttp
 import numpy as np
 
-from codjax.rollout.sampler import SamplerError, SamplingParams
+from codjax.rollout.sampler import RefusedError, SamplerError, SamplingParams
 from codjax.rollout.sglang import wire
 
 T = TypeVar("T")
@@ -34,19 +33,6 @@ class NoAnswerError(SamplerError):
 
 class BusyError(SamplerError):
     """The server asks to be asked again later, and is well."""
-
-
-class RefusedError(SamplerError):
-    """The server will not do this, now or later.
-
-    Attributes:
-        status: of the HTTP answer.
-        text: what it said.
-    """
-
-    def __init__(self, message: str, *, status: int, text: str) -> None:
-        super().__init__(message)
-        self.status, self.text = status, text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,7 +263,7 @@ class ServerClient:
         return True
 
     async def update_from_bytes(
-        self, payload: Sequence[str], load_format: str | None, version: str | None, flush: bool
+        self, payload: Sequence[str], version: str | None, flush: bool
     ) -> None:
         """Loads tensors: exactly one base64 payload per tensor-parallel rank.
 
@@ -285,15 +271,11 @@ class ServerClient:
         """
         body: dict[str, Any] = {
             "serialized_named_tensors": list(payload),
-            "load_format": load_format,
             "flush_cache": flush,
         }
         if version is not None:
             body["weight_version"] = version
-        # In a thread: payloads are hundreds of MB, and other requests go on meanwhile.
-        await self._update(
-            "/update_weights_from_tensor", await asyncio.to_thread(wire.encoded, body)
-        )
+        await self._update("/update_weights_from_tensor", body)
 
     async def end_update(self) -> None:
         """Closes the session of `begin_update`."""

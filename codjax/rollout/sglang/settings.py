@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
@@ -36,28 +37,14 @@ def local_urls(server: ConfigDict) -> tuple[str, ...]:
 
 def server_settings(server: ConfigDict, urls: Sequence[str]) -> ServerSettings:
     """How these servers are reached."""
-    same = (
-        "max_in_flight",
-        "max_imbalance",
-        "max_retries",
-        "max_failures",
-        "backoff_s",
-        "max_backoff_s",
-        "connect_timeout_s",
-        "request_timeout_s",
-        "control_timeout_s",
-        "weights_timeout_s",
-        "ready_timeout_s",
-        "replica_wait_s",
-        "drain_timeout_s",
-        "probe_interval_s",
-    )
+    same = {field.name for field in dataclasses.fields(ServerSettings)} & set(server)
     return ServerSettings(
-        urls=tuple(urls),
-        router=server.router,
-        api_key=_secret(server.api_key_variable),
-        admin_api_key=_secret(server.admin_api_key_variable),
-        **{name: server[name] for name in same},
+        **{name: server[name] for name in same}
+        | {
+            "urls": tuple(urls),
+            "api_key": _secret(server.api_key_variable),
+            "admin_api_key": _secret(server.admin_api_key_variable),
+        }
     )
 
 

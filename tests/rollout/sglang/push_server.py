@@ -66,7 +66,7 @@ class ScriptedServer:
                 yield pathlib.Path(value).name
             elif key == "serialized_named_tensors":
                 yield f"{len(value)} ranks"
-            elif key not in ("input_ids", "load_format") and value not in (None, False):
+            elif key != "input_ids" and value not in (None, False):
                 yield value
 
     def pause_generation(self, body):
@@ -133,11 +133,10 @@ class Connection:
             return False
         return True
 
-    async def update_from_bytes(self, payload, load_format, version, flush):
+    async def update_from_bytes(self, payload, version, flush):
         await self._post(
             "update_weights_from_tensor",
             serialized_named_tensors=payload,
-            load_format=load_format,
             weight_version=version,
             flush_cache=flush,
         )

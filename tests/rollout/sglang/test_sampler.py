@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from codjax import types
-from codjax.rollout.sampler import PromptTooLongError, SamplerError
-from codjax.rollout.sglang.server import RefusedError
+from codjax.rollout.sampler import PromptTooLongError, RefusedError, SamplerError
 from tests.rollout.sglang.faults import Fault
 from tests.rollout.sglang.serving import PROMPT, expected_answer, params, run, serving
 

@@ -85,22 +85,20 @@ def test_weights_as_bytes():
     async def scenario(client, server):
         server.tp_size = 2
         with pytest.raises(RefusedError, match="must run between begin_weight_update"):
-            await client.update_from_bytes(["a", "a"], None, None, False)
+            await client.update_from_bytes(["a", "a"], None, False)
         assert await client.begin_update()
-        await client.update_from_bytes(["a", "a"], None, None, False)
-        await client.update_from_bytes(["b", "b"], "flattened_bucket", "run-1", True)
+        await client.update_from_bytes(["a", "a"], None, False)
+        await client.update_from_bytes(["b", "b"], "run-1", True)
         await client.end_update()
         assert not server.in_session
         assert server.weight_version == "run-1"
         assert server.pushes == [
             {
                 "serialized_named_tensors": ["a", "a"],
-                "load_format": None,
                 "flush_cache": False,
             },
             {
                 "serialized_named_tensors": ["b", "b"],
-                "load_format": "flattened_bucket",
                 "flush_cache": True,
                 "weight_version": "run-1",
             },
@@ -115,7 +113,7 @@ def test_a_large_payload_goes_in_pieces_while_others_are_answered():
     async def scenario(client, server):
         payload = "a" * 2**23
         await client.begin_update()
-        pushing = asyncio.create_task(client.update_from_bytes([payload], None, "run-1", True))
+        pushing = asyncio.create_task(client.update_from_bytes([payload], "run-1", True))
         answer = await client.generate(PROMPT, params(), **ASKED)
         await pushing
         assert len(answer.tokens) == 4
@@ -127,7 +125,7 @@ def test_a_large_payload_goes_in_pieces_while_others_are_answered():
 def test_an_older_server_needs_no_session():
     async def scenario(client, server):
         assert not await client.begin_update()
-        await client.update_from_bytes(["a"], None, "run-1", True)
+        await client.update_from_bytes(["a"], "run-1", True)
         assert server.weight_version == "run-1"
 
     with_client(scenario, change={"has_begin_route": False})

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from codjax import types
+from codjax.rollout.sampler import RefusedError
 from codjax.rollout.sglang import wire
-from codjax.rollout.sglang.server import RefusedError
 from tests.rollout.sglang import serving
 from tests.rollout.sglang.real import learner, local
 
