@@ -78,7 +78,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     distributed.on_main(lambda: workdirs.prepare(folder))
     distributed.on_main(lambda: workdirs.check_resumes(folder, config))
     distributed.check_shared(folder)
-    if distributed.on_main(lambda: _is_complete(folder, config)):
+    if _is_complete(folder, config):
         _logger.info("%s has its %d steps already.", folder, config.num_steps)
         return
     run = distributed.on_all(lambda: _Run.of(config, folder))
@@ -95,12 +95,13 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 def _is_complete(folder: pathlib.Path, config: ConfigDict) -> bool:
     """Whether nothing is left to do; servers need not be there for that."""
-    if not (folder / checkpoints.FOLDER).is_dir():
+    if not distributed.on_main((folder / checkpoints.FOLDER).is_dir):
         return False
+    # Orbax has all processes open a folder together, even one that is only read.
     store = checkpoints.Checkpoints(folder, keep=config.checkpoint.keep, read_only=True)
     latest = store.latest_step()
     store.close()
-    return latest is not None and latest >= config.num_steps > 0
+    return distributed.on_main(lambda: latest is not None and latest >= config.num_steps > 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
