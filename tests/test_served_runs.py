@@ -383,7 +383,8 @@ def test_ctrl_c_ends_in_good_order_and_twice_at_once(tmp_path):
     process = start(workdir, *flags, log=log)
     wait_for(lambda: len(rows(workdir)) >= 2, process, log)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    # Requests are ended, then servers, each within its limit: 30 + 60 + 20 s in all.
+    assert process.wait(timeout=150) == 130
     assert "interrupted; the same command goes on" in log.read_text()
     assert orphans() == []
     process = start(workdir, *flags, log=log)
